@@ -1,0 +1,98 @@
+"""Gives the grouped FP8 GEMM 32 readable bytes behind its per-token scales (patch `scale-overread`).
+
+The GEMM's epilogue loads the scale of row r + 8 under the predicate of row r, so the last tile of the last expert
+reads up to 8 float32 past the last row. What it reads there it never uses; it only has to be mapped memory.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from . import Context, Factory, full_step_probe
+from .arguments import Arguments
+
+if TYPE_CHECKING:
+    import torch
+
+SLACK = 8
+"""float32 values that must be readable behind the scales: 32 bytes, the most the epilogue reads too far."""
+
+
+def replacements(context: Context) -> Mapping[str, Factory]:
+    """Factories for the roles `grouped-gemm` and `quantise`."""
+    return {"grouped-gemm": _grouped_gemm, "quantise": _quantise}
+
+
+def with_slack(scales: torch.Tensor) -> torch.Tensor:
+    """The same scales, with at least `SLACK` float32 of their own storage behind them.
+
+    Args:
+        scales: float32, one a row, contiguous, any shape.
+
+    Returns:
+        `scales` itself where its storage goes on far enough, else a copy: 256 KiB for 8192 tokens of 8 experts.
+    """
+    import torch
+
+    count = scales.numel()
+    if torch.compiler.is_compiling():
+        padded = torch.nn.functional.pad(scales.reshape(-1), (0, SLACK))
+        return padded[:count].view(scales.shape)
+    itemsize = scales.element_size()
+    if scales.untyped_storage().nbytes() >= (scales.storage_offset() + count + SLACK) * itemsize:
+        return scales
+    copy = empty_with_slack(count, scales).view(scales.shape)
+    copy.copy_(scales)
+    return copy
+
+
+def empty_with_slack(count: int, like: torch.Tensor) -> torch.Tensor:
+    """An uninitialised float32 vector of `count` values on the device of `like`, with slack behind it."""
+    import torch
+
+    return torch.empty(count + SLACK, dtype=torch.float32, device=like.device)[:count]
+
+
+def _grouped_gemm(original: Any) -> Any:
+    arguments = Arguments(original)
+
+    @functools.wraps(original)
+    def cutlass_moe_mm(*args: Any, **kwargs: Any) -> Any:
+        if arguments.get("per_act_token", args, kwargs):
+            scales = with_slack(arguments.get("a_scales", args, kwargs))
+            args, kwargs = arguments.replaced(args, kwargs, {"a_scales": scales})
+        if full_step_probe.active is None:
+            return original(*args, **kwargs)
+        sizes = arguments.get("problem_sizes", args, kwargs)
+        return full_step_probe.active.call("cutlass_moe_mm", sizes, original, args, kwargs)
+
+    return cutlass_moe_mm
+
+
+def _quantise(original: Any) -> Any:
+    arguments = Arguments(original)
+
+    @functools.wraps(original)
+    def scaled_fp8_quant(*args: Any, **kwargs: Any) -> Any:
+        import torch
+
+        def given(name: str) -> Any:
+            return arguments.get(name, args, kwargs)
+
+        per_token = given("use_per_token_if_dynamic") and given("scale") is None
+        if not per_token or given("num_token_padding") or torch.compiler.is_compiling():
+            return original(*args, **kwargs)
+        tokens = given("input").shape[0]
+        output = given("output")
+        if output is None:
+            padded = {"num_token_padding": tokens + SLACK}
+            more_args, more_kwargs = arguments.replaced(args, kwargs, padded)
+            output, scales = original(*more_args, **more_kwargs)
+            return output[:tokens], scales[:tokens]
+        scales = empty_with_slack(tokens, output).view(tokens, 1)
+        torch.ops._C.dynamic_per_token_scaled_fp8_quant(output, given("input"), scales, given("scale_ub"))
+        return output, scales
+
+    return scaled_fp8_quant

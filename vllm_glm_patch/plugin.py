@@ -1,0 +1,22 @@
+"""What vLLM calls in each of its processes (entry point `vllm.general_plugins`)."""
+
+from __future__ import annotations
+
+from . import installation
+from .log import follow_vllm, logger
+from .settings import Settings
+
+
+def register() -> None:
+    """Install the patches in this process. May be called any number of times; initialises no CUDA.
+
+    Raises:
+        UserError, StrictRefusal: as `installation.install`; vLLM then does not start.
+    """
+    follow_vllm()
+    settings = Settings.from_environment()
+    if not settings.enabled:
+        logger.info("VLLM_GLM_PATCH=0: vLLM runs unpatched.")
+        return
+    installation.make_variables_known()
+    installation.install(settings)
