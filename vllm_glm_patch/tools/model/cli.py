@@ -100,7 +100,7 @@ def _table(report: ModelReport) -> Table:
 def _stopped_cleanly() -> Iterator[None]:
     """Turn SIGTERM into an exit that removes the temporary folder on its way."""
 
-    def leave(number: int, frame: Optional[FrameType]) -> None:
+    def leave(number: int, frame: FrameType | None) -> None:
         sys.exit(128 + number)
 
     before = signal.signal(signal.SIGTERM, leave)

@@ -89,7 +89,8 @@ def measure(folder: Path, spec: ModelSpec, tokens: int = _TOKENS) -> ExpertLoad:
 
     def read(name: str) -> torch.Tensor:
         with safe_open(str(folder / where[name]), framework="pt") as file:
-            return file.get_tensor(name)
+            tensor: torch.Tensor = file.get_tensor(name)
+        return tensor
 
     generator = torch.Generator().manual_seed(spec.seed)
     ids = torch.randint(first_special(spec.vocab_size), (tokens,), generator=generator)

@@ -44,7 +44,7 @@ def write_shards(
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         # Wide dtypes first, so that each tensor starts at a multiple of its own size.
         ordered = sorted(shard, key=lambda tensor: -DTYPE_BYTES[tensor.dtype])
-        with open(folder / name, "wb") as file:
+        with (folder / name).open("wb") as file:
             file.write(_header(ordered))
             for tensor in ordered:
                 weight_map[tensor.name] = name

@@ -86,9 +86,7 @@ class ModelSpec:
 
     def __post_init__(self) -> None:
         if self.weight_format not in WEIGHT_FORMATS:
-            raise UserError(
-                f"Weight format {self.weight_format!r} is not known. Use one of: {', '.join(WEIGHT_FORMATS)}."
-            )
+            raise UserError(f"Weight format {self.weight_format!r} is not known. Use one of: {', '.join(WEIGHT_FORMATS)}.")
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name.endswith(("_size", "_heads", "_experts", "_layers", "_dim", "top_k")):
@@ -99,9 +97,7 @@ class ModelSpec:
             if getattr(self, name) % 16:  # FP8 kernels read rows in blocks of 16 bytes
                 raise UserError(f"{name} is {getattr(self, name)}. Give a multiple of 16.")
         if self.num_dense_layers >= self.num_layers:
-            raise UserError(
-                f"{self.num_dense_layers} dense layers of {self.num_layers} leave no MoE layer. Give more layers."
-            )
+            raise UserError(f"{self.num_dense_layers} dense layers of {self.num_layers} leave no MoE layer. Give more layers.")
         if self.num_heads % self.num_kv_heads:
             raise UserError(f"{self.num_heads} heads cannot share {self.num_kv_heads} KV heads. Give a multiple.")
         if self.top_k > self.num_experts:

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint: names, dtypes and shapes as in zai-org/GLM-4.6 and GLM-4.6-FP8, and how each is filled."""
+"""The tensors of a checkpoint: names, dtypes and shapes as in zai-org/GLM-4.6 and -FP8, and how each is filled."""
 
 from __future__ import annotations
 

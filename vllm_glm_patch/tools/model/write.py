@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
-import os
 import secrets
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Optional
 
 from vllm_glm_patch.errors import UserError
 from vllm_glm_patch.tools.model.config import config_of, generation_config_of
@@ -18,7 +17,7 @@ from vllm_glm_patch.tools.model.report import ModelReport
 from vllm_glm_patch.tools.model.routing import measure
 from vllm_glm_patch.tools.model.shards import split, write_shards
 from vllm_glm_patch.tools.model.spec import ModelSpec
-from vllm_glm_patch.tools.model.tensors import tensors_of
+from vllm_glm_patch.tools.model.tensors import Tensor, tensors_of
 from vllm_glm_patch.tools.model.tokenizer import write_tokenizer
 
 SHARD_BYTES = 4 << 30
@@ -28,9 +27,7 @@ Progress = Callable[[int, int], None]
 """Called with the bytes written so far and the bytes in all."""
 
 
-def write_model(
-    out: Path, spec: ModelSpec, progress: Optional[Progress] = None, *, shard_bytes: int = SHARD_BYTES
-) -> ModelReport:
+def write_model(out: Path, spec: ModelSpec, progress: Progress | None = None, *, shard_bytes: int = SHARD_BYTES) -> ModelReport:
     """Write a synthetic GLM-4.6 checkpoint that vLLM and transformers load.
 
     Args:
@@ -43,13 +40,15 @@ def write_model(
         What was written, with the measured expert load.
 
     Raises:
-        UserError: `out` is taken or cannot be written, or the disk has too little room. Nothing is left behind.
+        UserError: `out` is taken or cannot be written, the disk has too little room, or torch, safetensors or
+            tokenizers is missing. Nothing is left behind.
 
     Example:
         >>> write_model(Path("glm-tiny"), spec_for("tiny")).load.is_spread  # doctest: +SKIP
         True
     """
     started = time.monotonic()
+    _check_packages()
     tensors = list(tensors_of(spec))
     total = sum(tensor.nbytes for tensor in tensors)
     shards = split(tensors, shard_bytes)
@@ -61,13 +60,20 @@ def write_model(
         _write_files(folder, spec)
         _write_weights(folder, spec, shards, total, progress)
         load = measure(folder, spec)
-        os.rename(folder, target)
+        folder.rename(target)
     except OSError as error:
         raise UserError(_why(out, error)) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # after the rename there is none
     parameters = sum(tensor.elements for tensor in tensors if tensor.fill != "scale")
     return ModelReport(target, spec, parameters, total, len(shards), time.monotonic() - started, load)
+
+
+def _check_packages() -> None:
+    """These come with every vLLM, and this package alone does not install them."""
+    for name in ("numpy", "safetensors", "tokenizers", "torch"):
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"{name} is not installed, and a model cannot be written without it. Run `pip install {name}`.")
 
 
 def _checked(out: Path, needed: int) -> Path:
@@ -95,7 +101,7 @@ def _write_files(folder: Path, spec: ModelSpec) -> None:
     write_tokenizer(folder, spec)
 
 
-def _write_weights(folder: Path, spec: ModelSpec, shards: list, total: int, progress: Optional[Progress]) -> None:
+def _write_weights(folder: Path, spec: ModelSpec, shards: list[list[Tensor]], total: int, progress: Progress | None) -> None:
     from vllm_glm_patch.tools.model.weights import pieces  # imports torch
 
     done = 0
