@@ -1,0 +1,141 @@
+"""`fence -- COMMAND`: runs a command with the fence in all its Python processes, and reports faults."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from .coredump import cuda_gdb
+from .journal import read_journal
+from .library import FenceError, library_path
+from .options import Options
+from .report import CORE_PATTERN, FaultReport, core_dumps, report
+from .rerun import search_size
+
+HOOK = Path(__file__).with_name("hook")
+_FAULT_TEXTS = ("an illegal memory access was encountered", "CUDA_ERROR_ILLEGAL_ADDRESS")
+_SETTLED = 3  # seconds without growth: a core dump is complete
+# A core dump with registers, code and kernel parameters, but without the card's memory: megabytes, not 80 GB.
+_DUMP_FLAGS = "skip_nonrelocated_elf_images,skip_global_memory,skip_shared_memory,skip_local_memory"
+
+
+def environment(options: Options, base: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """`base` and what makes a child process run under the fence; `options.directory` must be set."""
+    result = {**base, **options.to_environment()}
+    python_path = [str(HOOK), *filter(None, [base.get("PYTHONPATH", "")])]
+    result["PYTHONPATH"] = os.pathsep.join(python_path)
+    result["CUDA_ENABLE_COREDUMP_ON_EXCEPTION"] = "1"
+    result["CUDA_COREDUMP_FILE"] = str(Path(options.directory) / CORE_PATTERN)
+    result.setdefault("CUDA_COREDUMP_GENERATION_FLAGS", _DUMP_FLAGS)
+    return result
+
+
+def run(command: list[str], options: Options | None = None, rerun: bool = False) -> int:
+    """Runs `command` under the fence; standard output and error are its own, reports go to standard error.
+
+    Args:
+        command: program and arguments.
+        options: a directory of its own is made where they name none; it is kept if there was a fault.
+        rerun: where cuda-gdb is missing, find the block by running the command again (see rerun.py).
+
+    Returns:
+        The command's exit code (128 + signal where a signal ended it), but 1 where it ended with 0 after a fault.
+
+    Raises:
+        FenceError: the fence's library is missing.
+        FileNotFoundError: there is no such command.
+    """
+    options = options or Options()
+    if not library_path(options).exists():
+        raise FenceError(f"{library_path(options)} is missing; reinstall vllm-glm-patch from its wheel.")
+    if options.directory:
+        Path(options.directory).mkdir(parents=True, exist_ok=True)
+    else:
+        options = replace(options, directory=tempfile.mkdtemp(prefix="glm-fence-"))
+    options = replace(options, directory=str(Path(options.directory).resolve()))
+    directory = Path(options.directory)
+    code, reports = _run_and_watch(command, environment(options), directory)
+    if reports:
+        (directory / "report.json").write_text(json.dumps([one.as_dict() for one in reports], indent=2) + "\n")
+        print(f"fence: report, core dumps and lists of blocks are in {directory}", file=sys.stderr)
+    if reports and rerun and cuda_gdb() is None:
+        _find_by_rerun(command, options, reports[0])
+    return code or int(bool(reports))
+
+
+def _run_and_watch(command: list[str], env: dict[str, str], directory: Path) -> tuple[int, list[FaultReport]]:
+    """Runs the command; reports each core dump as soon as it is complete, as a server may go on without its engine."""
+    before = set(core_dumps(directory))
+    reported: dict[Path, FaultReport] = {}
+    grown: dict[Path, tuple[int, float]] = {}
+    with subprocess.Popen(command, env=env) as child:
+        # The terminal sends SIGINT to the child itself; SIGTERM comes to us alone and is handed on.
+        old_int = signal.signal(signal.SIGINT, lambda *_: None)
+        old_term = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+        try:
+            while True:
+                try:
+                    code = child.wait(timeout=1)
+                except subprocess.TimeoutExpired:
+                    code = None
+                waiting = False
+                for core in core_dumps(directory):
+                    if core in before or core in reported:
+                        continue
+                    size = core.stat().st_size
+                    if grown.get(core, (-1, 0.0))[0] != size:
+                        grown[core] = (size, time.monotonic())
+                    if time.monotonic() - grown[core][1] < _SETTLED:
+                        waiting = True
+                        continue
+                    reported[core] = report(core)
+                    print(reported[core].text(), file=sys.stderr, flush=True)
+                if code is not None and not waiting:
+                    break
+                if code is not None:
+                    time.sleep(1)
+        finally:
+            signal.signal(signal.SIGINT, old_int)
+            signal.signal(signal.SIGTERM, old_term)
+    return (128 - code if code < 0 else code), list(reported.values())
+
+
+def _find_by_rerun(command: list[str], options: Options, fault: FaultReport) -> None:
+    """Says which size of block is run past, from reruns with launch blocking; their output goes to files."""
+    directory = Path(options.directory)
+    try:
+        journal = read_journal(directory / f"blocks-{fault.pid}.bin")
+    except (OSError, ValueError) as error:
+        print(f"fence: no search by rerun: {error}", file=sys.stderr)
+        return
+    runs = 0
+
+    def faults(low: int, high: int) -> bool:
+        nonlocal runs
+        runs += 1
+        where = directory / f"rerun-{runs}"
+        where.mkdir()
+        env = environment(replace(options, directory=str(where), only=(low, high)))
+        env.update(CUDA_LAUNCH_BLOCKING="1", CUDA_ENABLE_COREDUMP_ON_EXCEPTION="0")
+        log = where / "output.log"
+        with log.open("w") as out:
+            code = subprocess.run(command, env=env, stdout=out, stderr=subprocess.STDOUT, check=False).returncode
+        text = log.read_text(errors="replace")
+        hit = code != 0 and any(sign in text for sign in _FAULT_TEXTS)
+        print(f"fence: rerun {runs}: blocks of {low} to {high} bytes: {'fault' if hit else 'no fault'}", file=sys.stderr)
+        return hit
+
+    low, high = search_size([row.size for row in journal.rows if row.live], faults)
+    print(
+        f"fence: the block has {low} bytes." if low == high else f"fence: the block has between {low} and {high} bytes.",
+        f"The last rerun that faulted has the failing launch in its traceback: {directory}/rerun-*/output.log",
+        file=sys.stderr,
+    )

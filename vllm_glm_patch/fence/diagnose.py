@@ -1,0 +1,190 @@
+"""Says which known defect a vLLM log or a CUDA core dump shows, or that none does."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .coredump import is_core_dump, read_core_dump
+
+# What a log calls the exceptions that a core dump names.
+_LOG_TEXT = {
+    "Warp Illegal Address": "CUDA error: an illegal memory access was encountered (CUDA_ERROR_ILLEGAL_ADDRESS)",
+    "Warp MMU Fault": "CUDA error: an illegal memory access was encountered (CUDA_ERROR_ILLEGAL_ADDRESS)",
+    "Warp Misaligned Address": "CUDA error: misaligned address",
+    "Warp Illegal Instruction": "CUDA error: an illegal instruction was encountered",
+    "Warp Assert": "CUDA error: device-side assert triggered",
+}
+_TOKENS = re.compile(r"total_num_scheduled_tokens[=:]\s*(\d+)")
+_VERSION = re.compile(r"(?:vLLM API server version|LLM engine \(v|vllm version[ =:]+)\s*v?(\d+\.\d+\.\d+(?:\.\w+)*)", re.I)
+_ERROR = re.compile(
+    r"(?:CUDA error: [^\n]+|CUDA_ERROR_\w+[^\n]*|Failed to initialize the TMA descriptor[^\n]*|"
+    r"[^\n]*(?:device-side assert|Assertion `[^\n]*failed)[^\n]*|CUDA Exception: [^\n]+)"
+)
+_KERNEL = re.compile(r"coredump:\s+#0\s+0x[0-9a-f]+\s+(\S+)|The exception was triggered at PC 0x[0-9a-f]+\s+(.+)")
+
+
+@dataclass(frozen=True)
+class Signature:
+    """How a defect shows. Empty or 0: not part of the signature.
+
+    Attributes:
+        patch: id of the defect in the catalog.
+        error: regular expression, searched in the error text.
+        kernel: regular expression, searched in the name of the faulting kernel.
+        tokens_multiple_of: the step's token count is a multiple of it.
+        why: a sentence on why these signs mean this defect.
+    """
+
+    patch: str
+    error: str = ""
+    kernel: str = ""
+    tokens_multiple_of: int = 0
+    why: str = ""
+
+    @classmethod
+    def from_table(cls, patch: str, table: Mapping[str, Any]) -> Signature:
+        """From a `[[signature]]` table of patches/*.toml.
+
+        Raises:
+            ValueError: an unknown key, a wrong type or a regular expression that does not compile.
+        """
+        known = {"error": str, "kernel": str, "tokens_multiple_of": int, "why": str}
+        for key, value in table.items():
+            if key not in known:
+                raise ValueError(f"patch {patch}: signature has {key!r}; known keys are {', '.join(known)}.")
+            if not isinstance(value, known[key]):
+                raise ValueError(f"patch {patch}: signature {key} is {value!r}; it must be {known[key].__name__}.")
+        for key in ("error", "kernel"):
+            try:
+                re.compile(table.get(key, ""))
+            except re.error as error:
+                raise ValueError(f"patch {patch}: signature {key} {table[key]!r} does not compile: {error}.") from None
+        return cls(patch, **table)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the file says. Empty where it says nothing.
+
+    Attributes:
+        errors: error texts, in the order in which they appear.
+        kernels: names of faulting kernels.
+        tokens: token counts of dumped scheduler outputs; the last is that of the step that died.
+        version: of vLLM.
+    """
+
+    errors: tuple[str, ...] = ()
+    kernels: tuple[str, ...] = ()
+    tokens: tuple[int, ...] = ()
+    version: str = ""
+
+
+@dataclass(frozen=True)
+class Match:
+    """A signature that fits.
+
+    Attributes:
+        signature: the signature.
+        certain: every part of it was seen; else `unseen` names those that the file does not tell.
+        unseen: as ("kernel", "tokens").
+    """
+
+    signature: Signature
+    certain: bool
+    unseen: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """The answer.
+
+    Attributes:
+        path: the file.
+        evidence: what it says.
+        matches: defects that fit, certain ones first; empty: none is known that does.
+    """
+
+    path: Path
+    evidence: Evidence
+    matches: tuple[Match, ...]
+
+    def text(self) -> str:
+        """The answer for a person."""
+        seen = self.evidence
+        lines = [
+            f"{self.path}",
+            f"  vLLM    {seen.version or 'version not found'}",
+            f"  error   {seen.errors[0] if seen.errors else 'no CUDA error found'}",
+            f"  kernel  {seen.kernels[0] if seen.kernels else 'not named'}",
+            f"  tokens  {seen.tokens[-1] if seen.tokens else 'no dumped scheduler output'}",
+        ]
+        for match in self.matches:
+            how = "matches" if match.certain else f"may match (not in this file: {', '.join(match.unseen)})"
+            lines.append(f"{how}: {match.signature.patch}. {match.signature.why}".rstrip())
+        if not self.matches:
+            lines.append("No known defect matches.")
+        if not seen.kernels and seen.errors:
+            lines.append(
+                "CUDA errors surface at a later call, so the log's traceback does not name the kernel. "
+                "`vllm-glm-patch fence -- COMMAND` does."
+            )
+        return "\n".join(lines)
+
+
+def diagnose(path: Path, signatures: Iterable[Signature]) -> Diagnosis:
+    """Compares a file with the known defects.
+
+    Args:
+        path: a vLLM log, or a CUDA core dump (recognised by its content).
+        signatures: of the catalog.
+
+    Raises:
+        OSError: the file cannot be read.
+        FileNotFoundError: it is a core dump and there is no cuda-gdb.
+        RuntimeError: cuda-gdb cannot open it.
+    """
+    evidence = read_dump_evidence(path) if is_core_dump(path) else read_log(path.read_text(errors="replace"))
+    found = [match for signature in signatures if (match := match_signature(signature, evidence))]
+    return Diagnosis(path, evidence, tuple(sorted(found, key=lambda match: not match.certain)))
+
+
+def read_dump_evidence(path: Path) -> Evidence:
+    dump = read_core_dump(path)
+    name = dump.exception
+    errors = (f"{name}: {_LOG_TEXT[name]}" if name in _LOG_TEXT else name,) if name else ()
+    return Evidence(errors=errors, kernels=(dump.kernel,) if dump.kernel else ())
+
+
+def read_log(text: str) -> Evidence:
+    """What a vLLM log says of its death."""
+    version = _VERSION.search(text)
+    return Evidence(
+        errors=tuple(dict.fromkeys(found.group(0).strip() for found in _ERROR.finditer(text))),
+        kernels=tuple(dict.fromkeys((found.group(1) or found.group(2)).strip() for found in _KERNEL.finditer(text))),
+        tokens=tuple(int(count) for count in _TOKENS.findall(text)),
+        version=version.group(1) if version else "",
+    )
+
+
+def match_signature(signature: Signature, evidence: Evidence) -> Match | None:
+    """None where any part of the signature is contradicted, or where no error is seen at all."""
+    if not evidence.errors:
+        return None
+    if signature.error and not any(re.search(signature.error, error) for error in evidence.errors):
+        return None
+    unseen = []
+    if signature.kernel:
+        if not evidence.kernels:
+            unseen.append("kernel")
+        elif not any(re.search(signature.kernel, kernel) for kernel in evidence.kernels):
+            return None
+    if signature.tokens_multiple_of:
+        if not evidence.tokens:
+            unseen.append("tokens")
+        elif evidence.tokens[-1] % signature.tokens_multiple_of:
+            return None
+    return Match(signature, not unseen, tuple(unseen))
