@@ -1,0 +1,202 @@
+"""Which kernels, tiles and stages serve a shape: from a tuned table of the card, else from rules of thumb.
+
+A table is `tuned/<card>.json`, made by `tune.py`: {"card", "multiprocessors", "torch", "triton", "shapes": {shape key:
+{token count: config}}}. A card without one borrows the table of a card with as many multiprocessors of the same
+compute capability (H200 and H800 have H100's 132); failing that (H20 has 78) the rules below apply.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from .problem import Problem
+
+TABLES = Path(__file__).parent / "tuned"
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is read from the device. `shared_memory`: bytes one block may use."""
+
+    name: str
+    multiprocessors: int
+    shared_memory: int
+    capability: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The path of a handful of tokens (triton/pairs.py)."""
+
+    columns1: int = 4
+    block_k: int = 1024
+    warps1: int = 4
+    columns2: int = 16
+    warps2: int = 4
+
+
+@dataclass(frozen=True)
+class Gemm1:
+    """kind: `tile` many tokens, `row` the same with whole rows and fused requantisation, `stream` few tokens."""
+
+    kind: Literal["tile", "row", "stream"] = "tile"
+    block_m: int = 64
+    block_n: int = 64
+    block_k: int = 128
+    group: int = 4
+    warps: int = 4
+    stages: int = 3
+
+
+@dataclass(frozen=True)
+class Gemm2:
+    """kind: `resident` rows stay in the tile (widths to 512), `loop` any width, `fused` resident with the sum inside.
+
+    swap: weights on the dot's wide side. strip: columns one program makes. slice: columns whose partials exist at
+    once, 0 for all. requantise: a small kernel makes FP8 first; else the rows are quantised as they are read.
+    """
+
+    kind: Literal["resident", "loop", "fused"] = "resident"
+    block_m: int = 64
+    block_n: int = 128
+    block_k: int = 128
+    strip: int = 128
+    slice: int = 512
+    slots: int = 3
+    swap: bool = False
+    requantise: bool = True
+    group: int = 4
+    warps: int = 4
+    stages: int = 2
+    programs: int = 3  # fused: programs per multiprocessor
+
+
+@dataclass(frozen=True)
+class Sum:
+    """The top-k sum: tokens × columns of one program."""
+
+    block_t: int = 4
+    block_c: int = 512
+    warps: int = 4
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that may differ between two launches of the same problem. Results differ by rounding only."""
+
+    path: Literal["pairs", "grouped"] = "grouped"
+    pairs: Pairs = field(default_factory=Pairs)
+    gemm1: Gemm1 = field(default_factory=Gemm1)
+    gemm2: Gemm2 = field(default_factory=Gemm2)
+    sum: Sum = field(default_factory=Sum)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON; parts that `path` does not use are left out."""
+        whole = asdict(self)
+        unused = ("gemm1", "gemm2", "sum") if self.path == "pairs" else ("pairs",)
+        return {key: value for key, value in whole.items() if key not in unused}
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Config:
+        """Inverse of to_dict. Raises TypeError on a key this release does not know."""
+        parts = {"pairs": Pairs, "gemm1": Gemm1, "gemm2": Gemm2, "sum": Sum}
+        return Config(**{key: parts[key](**value) if key in parts else value for key, value in data.items()})
+
+
+@functools.lru_cache(maxsize=None)
+def read_card(index: int | None) -> Card:
+    """The CUDA device of that index, or for None a stand-in with H100's limits (Triton's interpreter on CPU)."""
+    if index is None:
+        return Card("interpreter", 4, 232448, (9, 0))
+    import torch
+
+    properties = torch.cuda.get_device_properties(index)
+    shared = getattr(properties, "shared_memory_per_block_optin", 101376)
+    return Card(properties.name, properties.multi_processor_count, shared, (properties.major, properties.minor))
+
+
+def power_of_two(n: int) -> int:
+    """Smallest power of two ≥ n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def split_width(width: int) -> tuple[int, int]:
+    """A row of `width` as two power-of-two blocks: the largest that fits, and one that covers the rest (0: none)."""
+    low = 1 << (width.bit_length() - 1)
+    rest = width - low
+    return low, max(32, power_of_two(rest)) if rest else 0
+
+
+def fits_resident(intermediate_size: int) -> bool:
+    """Whether a whole activation row can stay in a GEMM2 tile."""
+    return 32 <= intermediate_size <= 512
+
+
+@functools.lru_cache(maxsize=None)
+def tables() -> tuple[dict[str, Any], ...]:
+    """All tables of this installation."""
+    return tuple(json.loads(path.read_text()) for path in sorted(TABLES.glob("*.json")))
+
+
+def _table_for(card: Card) -> dict[str, Any] | None:
+    for table in tables():
+        if table["card"] == card.name:
+            return table
+    for table in tables():
+        if table["multiprocessors"] == card.multiprocessors and tuple(table["capability"]) == card.capability:
+            return table
+    return None
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(problem: Problem, card: Card) -> Config:
+    """The configuration for a problem on a card."""
+    table = _table_for(card)
+    shapes = table["shapes"].get(problem.shape_key) if table else None
+    if not shapes:
+        return default_config(problem, card)
+    nearest = min(shapes, key=lambda count: abs(math.log(int(count) / max(problem.tokens, 1))))
+    return Config.from_dict(shapes[nearest])
+
+
+def default_config(problem: Problem, card: Card) -> Config:
+    """Rules of thumb. `density`: rows an expert gets on average, which decides how tall tiles can be."""
+    density = problem.pairs / problem.global_experts
+    resident = fits_resident(problem.intermediate_size)
+    if problem.tokens <= 2:
+        wide = power_of_two(problem.intermediate_size)
+        return Config(path="pairs", pairs=Pairs(columns2=max(1, min(16, 4096 // wide))))
+    if density <= 24:
+        block_m = 16 if density <= 8 else 32
+        gemm1 = Gemm1("stream", block_m, 64, 128, 4, 4, 4)
+        if resident:
+            gemm2 = Gemm2(
+                "resident", block_m, 64, 64, strip=512, slice=0, swap=True, requantise=False, warps=4, stages=3
+            )
+        else:
+            gemm2 = Gemm2("loop", block_m, 64, 128, slice=0, swap=True, warps=4, stages=4)
+        return Config(gemm1=gemm1, gemm2=gemm2)
+    block_m = 64 if density <= 96 else 128
+    gemm1 = Gemm1("tile", block_m, 64, 128, 4, 4 if block_m == 64 else 8, 4)
+    if resident:
+        slice_width = 0 if problem.tokens <= 1024 else 256
+        gemm2 = Gemm2("resident", 64, 128, 64, strip=128, slice=slice_width, warps=4, stages=2)
+    else:
+        slice_width = 0 if problem.tokens <= 1024 else 1024
+        gemm2 = Gemm2("loop", block_m, 128, 128, slice=slice_width, warps=4 if block_m == 64 else 8, stages=4)
+    config = Config(gemm1=gemm1, gemm2=gemm2)
+    while config.gemm1.stages > 2 and shared_memory_of(config.gemm1) > card.shared_memory:
+        config = Config(
+            gemm1=Gemm1(**{**asdict(config.gemm1), "stages": config.gemm1.stages - 1}), gemm2=config.gemm2
+        )
+    return config
+
+
+def shared_memory_of(gemm1: Gemm1) -> int:
+    """Bytes of shared memory GEMM1's pipeline takes: its FP8 operand tiles × stages."""
+    return (gemm1.block_m + 2 * gemm1.block_n) * gemm1.block_k * gemm1.stages

@@ -1,0 +1,240 @@
+"""The torch operator: checks its arguments, chooses a configuration, runs the passes.
+
+`vllm_glm_patch::fused_moe_fp8` returns a new tensor, `vllm_glm_patch::fused_moe_fp8_out` writes one it is given. Both
+have fake kernels, so torch.compile traces through them, and both are safe to capture in a CUDA graph: no host sync,
+no look at any tensor's contents, memory from torch's allocator only.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import workspace as workspace_module
+from .dispatch import Card, Config, choose, read_card
+from .pipeline import Pass, Tensors
+from .problem import Problem
+from .triton.common import INTERPRETED
+
+_FP8 = torch.float8_e4m3fn
+_library = torch.library.Library("vllm_glm_patch", "FRAGMENT")
+_library.define(
+    "fused_moe_fp8(Tensor hidden_states, Tensor w13, Tensor w2, Tensor w13_scale, Tensor w2_scale,"
+    " Tensor topk_weights, Tensor topk_ids, Tensor? expert_map) -> Tensor"
+)
+_library.define(
+    "fused_moe_fp8_out(Tensor hidden_states, Tensor w13, Tensor w2, Tensor w13_scale, Tensor w2_scale,"
+    " Tensor topk_weights, Tensor topk_ids, Tensor? expert_map, Tensor(a!) out, Tensor(b!)? workspace) -> ()"
+)
+
+
+def fused_moe_fp8(
+    hidden_states: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    w13_scale: torch.Tensor,
+    w2_scale: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    *,
+    expert_map: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    workspace: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Fused mixture of experts: per-token FP8, GEMM1, SwiGLU, per-token FP8, GEMM2, × routing weight, Σ over top-k.
+
+    Args:
+        hidden_states: [tokens, hidden] bf16, contiguous. tokens may be 0.
+        w13: [experts, 2 · intermediate, hidden] float8_e4m3fn, gate rows first, then up; each expert contiguous.
+        w2: [experts, hidden, intermediate] float8_e4m3fn; each expert contiguous.
+        w13_scale: [experts, 2 · intermediate] or [..., 1] fp32, one scale a channel.
+        w2_scale: [experts, hidden] or [..., 1] fp32.
+        topk_weights: [tokens, top_k] fp32.
+        topk_ids: [tokens, top_k] int32 or int64. Any value is safe; one that names no local expert adds nothing.
+        expert_map: [global experts] int32, local expert or −1 (expert parallelism). Ids count global experts then.
+        out: [tokens, hidden] bf16, contiguous; every element is written. Made if None. Must not overlap an input.
+        workspace: uint8, contiguous, at least `workspace_bytes(...)` bytes, 256-byte aligned. Made if None.
+
+    Returns:
+        `out`, or a new tensor [tokens, hidden] bf16. The same inputs give the same bits.
+
+    Raises:
+        ValueError: a shape, dtype, device or layout is not as above; the message names it.
+        RuntimeError: no CUDA device and Triton's interpreter is off.
+    """
+    arguments = (hidden_states, w13, w2, w13_scale, w2_scale, topk_weights, topk_ids, expert_map)
+    if out is None and workspace is None:
+        return torch.ops.vllm_glm_patch.fused_moe_fp8(*arguments)
+    if out is None:
+        out = torch.empty_like(hidden_states)
+    torch.ops.vllm_glm_patch.fused_moe_fp8_out(*arguments, out, workspace)
+    return out
+
+
+def workspace_bytes(problem: Problem, device: torch.device | str | None = None) -> int:
+    """Bytes of workspace that `fused_moe_fp8` needs for up to `problem.tokens` tokens on `device`.
+
+    Configurations differ by token count, so this is the largest need at any count of the tuned table up to it.
+    """
+    card = read_card(_device_index(torch.device(device) if device is not None else torch.device("cuda")))
+    needs = []
+    counts = {1 << i for i in range(15)} | {problem.tokens, workspace_module.TOKENS_PER_PASS}
+    for count in counts:
+        if 0 < count <= min(problem.tokens, workspace_module.TOKENS_PER_PASS):
+            needs.append(_pass_bytes(_with_tokens(problem, count), card))
+    # Between two counts the choice of configuration flips at their geometric mean; the larger side is the worst case.
+    for count in sorted(counts):
+        flip = int(count * 2**0.5)
+        if 0 < flip <= min(problem.tokens, workspace_module.TOKENS_PER_PASS):
+            needs.append(_pass_bytes(_with_tokens(problem, flip), card))
+    return max(needs, default=0)
+
+
+def run(
+    problem: Problem, config: Config, card: Card, tensors: Tensors, workspace: torch.Tensor
+) -> None:
+    """Run one pass with an explicit configuration: what the tuner and the tests call."""
+    Pass(problem, config, tensors, workspace, card.multiprocessors).run()
+
+
+def _with_tokens(problem: Problem, tokens: int) -> Problem:
+    return Problem(
+        tokens,
+        problem.hidden_size,
+        problem.intermediate_size,
+        problem.experts,
+        problem.global_experts,
+        problem.top_k,
+    )
+
+
+def _pass_bytes(problem: Problem, card: Card) -> int:
+    return workspace_module.layout(problem, choose(problem, card)).total
+
+
+def _device_index(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return device.index if device.index is not None else torch.cuda.current_device()
+    if not INTERPRETED.value:
+        raise RuntimeError(
+            f"fused_moe_fp8 needs a CUDA device, got {device}. On CPU, set TRITON_INTERPRET=1 before the first import."
+        )
+    return None
+
+
+def _require(good: bool, message: str) -> None:
+    if not good:
+        raise ValueError(f"fused_moe_fp8: {message}")
+
+
+def problem_of(
+    hidden_states: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    w13_scale: torch.Tensor,
+    w2_scale: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    expert_map: torch.Tensor | None,
+) -> Problem:
+    """Sizes read off the tensors; ValueError where they do not fit together."""
+    _require(hidden_states.dim() == 2, f"hidden_states is {list(hidden_states.shape)}, want [tokens, hidden]")
+    _require(hidden_states.dtype == torch.bfloat16, f"hidden_states is {hidden_states.dtype}, want bfloat16")
+    tokens, hidden = hidden_states.shape
+    _require(w13.dim() == 3 and w2.dim() == 3, "w13 and w2 must have 3 dimensions: experts, outputs, inputs")
+    experts, doubled, _ = w13.shape
+    width = doubled // 2
+    _require(list(w13.shape) == [experts, 2 * width, hidden], f"w13 is {list(w13.shape)} with hidden {hidden}")
+    _require(
+        list(w2.shape) == [experts, hidden, width],
+        f"w2 is {list(w2.shape)}, want {[experts, hidden, width]} to match w13",
+    )
+    _require(min(experts, width, hidden) > 0, "experts, intermediate and hidden sizes must be positive")
+    for name, weight in (("w13", w13), ("w2", w2)):
+        _require(weight.dtype == _FP8, f"{name} is {weight.dtype}, want float8_e4m3fn")
+        inner = weight.stride(2) == 1 and weight.stride(1) == weight.shape[2]
+        _require(inner, f"{name} has strides {list(weight.stride())}; each expert must be contiguous")
+    for name, scale, count in (("w13_scale", w13_scale, 2 * width), ("w2_scale", w2_scale, hidden)):
+        _require(scale.dtype == torch.float32, f"{name} is {scale.dtype}, want float32")
+        fits = list(scale.shape) in ([experts, count], [experts, count, 1])
+        _require(fits, f"{name} is {list(scale.shape)}, want {[experts, count]} (one scale a channel)")
+    _require(
+        topk_ids.dim() == 2 and topk_ids.shape[0] == tokens and topk_ids.shape[1] > 0,
+        f"topk_ids is {list(topk_ids.shape)}, want [{tokens}, top_k]",
+    )
+    _require(topk_ids.dtype in (torch.int32, torch.int64), f"topk_ids is {topk_ids.dtype}, want int32 or int64")
+    _require(topk_weights.shape == topk_ids.shape, f"topk_weights is {list(topk_weights.shape)}, unlike topk_ids")
+    _require(topk_weights.dtype == torch.float32, f"topk_weights is {topk_weights.dtype}, want float32")
+    if expert_map is not None:
+        _require(
+            expert_map.dim() == 1 and expert_map.dtype == torch.int32 and expert_map.numel() > 0,
+            f"expert_map is {list(expert_map.shape)} {expert_map.dtype}, want [global experts] int32",
+        )
+    others = [w13, w2, w13_scale, w2_scale, topk_weights, topk_ids] + ([] if expert_map is None else [expert_map])
+    _require(all(t.device == hidden_states.device for t in others), "all tensors must be on one device")
+    global_experts = experts if expert_map is None else expert_map.numel()
+    return Problem(tokens, hidden, width, experts, global_experts, topk_ids.shape[1])
+
+
+def _fused_moe_fp8_out(
+    hidden_states, w13, w2, w13_scale, w2_scale, topk_weights, topk_ids, expert_map, out, workspace
+) -> None:
+    whole = problem_of(hidden_states, w13, w2, w13_scale, w2_scale, topk_weights, topk_ids, expert_map)
+    _require(
+        out.shape == hidden_states.shape and out.dtype == torch.bfloat16 and out.is_contiguous(),
+        f"out is {list(out.shape)} {out.dtype}, want contiguous {list(hidden_states.shape)} bfloat16",
+    )
+    if whole.tokens == 0:
+        return
+    card = read_card(_device_index(hidden_states.device))
+    hidden_states = hidden_states.contiguous()
+    topk_weights, topk_ids = topk_weights.contiguous(), topk_ids.contiguous()
+    if expert_map is not None:
+        expert_map = expert_map.contiguous()
+    scales = w13_scale.reshape(whole.experts, -1).contiguous(), w2_scale.reshape(whole.experts, -1).contiguous()
+    step = workspace_module.TOKENS_PER_PASS
+    passes = []
+    for first in range(0, whole.tokens, step):
+        part = _with_tokens(whole, min(step, whole.tokens - first))
+        passes.append((first, part, choose(part, card)))
+    need = max(workspace_module.layout(part, config).total for _, part, config in passes)
+    if workspace is None:
+        workspace = torch.empty(need, dtype=torch.uint8, device=hidden_states.device)
+    _require(
+        workspace.dtype == torch.uint8 and workspace.is_contiguous() and workspace.numel() >= need,
+        f"workspace has {workspace.numel()} elements of {workspace.dtype}, want {need} contiguous uint8;"
+        " size it by workspace_bytes()",
+    )
+    _require(workspace.data_ptr() % 16 == 0, "workspace must start at a multiple of 16 bytes (256 for full speed)")
+    for first, part, config in passes:
+        rows = slice(first, first + part.tokens)
+        tensors = Tensors(
+            hidden_states[rows], w13, w2, *scales, topk_weights[rows], topk_ids[rows], expert_map, out[rows]
+        )
+        run(part, config, card, tensors, workspace)
+
+
+def _fused_moe_fp8(
+    hidden_states, w13, w2, w13_scale, w2_scale, topk_weights, topk_ids, expert_map
+) -> torch.Tensor:
+    out = torch.empty(hidden_states.shape, dtype=torch.bfloat16, device=hidden_states.device)
+    _fused_moe_fp8_out(
+        hidden_states, w13, w2, w13_scale, w2_scale, topk_weights, topk_ids, expert_map, out, None
+    )
+    return out
+
+
+for _key in ("CUDA", "CPU"):
+    _library.impl("fused_moe_fp8", _fused_moe_fp8, _key)
+    _library.impl("fused_moe_fp8_out", _fused_moe_fp8_out, _key)
+
+
+@torch.library.register_fake("vllm_glm_patch::fused_moe_fp8", lib=_library)
+def _fake(hidden_states, w13, w2, w13_scale, w2_scale, topk_weights, topk_ids, expert_map):
+    return torch.empty(hidden_states.shape, dtype=torch.bfloat16, device=hidden_states.device)
+
+
+@torch.library.register_fake("vllm_glm_patch::fused_moe_fp8_out", lib=_library)
+def _fake_out(
+    hidden_states, w13, w2, w13_scale, w2_scale, topk_weights, topk_ids, expert_map, out, workspace
+):
+    return None

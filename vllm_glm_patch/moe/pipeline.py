@@ -1,0 +1,359 @@
+"""The launches of one fused MoE call, in order, for a chosen configuration. Host work depends on shapes only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from . import routing
+from .dispatch import Config, power_of_two, split_width
+from .problem import Problem
+from .triton.gemm1 import gemm1_row_kernel, gemm1_stream_kernel, gemm1_tile_kernel
+from .triton.gemm2 import gemm2_kernel, gemm2_loop_kernel, sum_kernel
+from .triton.gemm2_fused import gemm2_sum_kernel
+from .triton.pairs import pair_gemm1_kernel, pair_gemm2_kernel
+from .triton.quantise import quantise_rows_kernel
+from .workspace import Layout, bins_of, layout, needs_requantise, slice_of, tiles_of
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """The tensors of one pass, checked and contiguous (op.py). expert_map may be None."""
+
+    hidden: torch.Tensor
+    w13: torch.Tensor
+    w2: torch.Tensor
+    w13_scale: torch.Tensor
+    w2_scale: torch.Tensor
+    topk_weights: torch.Tensor
+    topk_ids: torch.Tensor
+    expert_map: torch.Tensor | None
+    out: torch.Tensor
+
+
+class Pass:
+    """One pass: views into the workspace and a method for each step. `run` calls them in order."""
+
+    def __init__(
+        self, problem: Problem, config: Config, tensors: Tensors, workspace: torch.Tensor, multiprocessors: int
+    ) -> None:
+        self.problem, self.config, self.t = problem, config, tensors
+        self.multiprocessors = multiprocessors
+        plan: Layout = layout(problem, config)
+        self._plan, self._workspace = plan, workspace
+        # Absent tensors still need an argument; kernels never read it.
+        self.map = tensors.expert_map if tensors.expert_map is not None else tensors.topk_ids
+        self.routing_constants = {
+            "EXPERTS": problem.experts,
+            "GLOBAL_EXPERTS": problem.global_experts,
+            "HAS_MAP": tensors.expert_map is not None,
+        }
+        if config.path == "grouped":
+            self.max_tiles = tiles_of(problem, config)
+            self.local_ids = self._view("local_ids", torch.int32)
+            self.rows = self._view("rows", torch.int32)
+            self.histogram = self._view("histogram", torch.int32)
+            self.tiles = self._view("tiles", torch.int32)
+            self.counts = self._view("counts", torch.int32)
+            self.token_scales = self._view("token_scales", torch.float32)
+            self.act_scales = self._view("act_scales", torch.float32)
+            self.quantised = self._view("tokens_or_partial", torch.float8_e4m3fn)
+            self.partial = self._view("tokens_or_partial", torch.bfloat16)
+
+    def _view(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        offset, size = self._plan.offsets[name]
+        size -= size % dtype.itemsize
+        return self._workspace[offset : offset + size].view(dtype)
+
+    def run(self) -> None:
+        """Launch every step on the current stream."""
+        for _, step in self.steps():
+            step()
+
+    def steps(self):
+        """(name, launch) of each step, in order; benchmarks time them one by one."""
+        if self.config.path == "pairs":
+            return [("gemm1", self.pair_gemm1), ("gemm2", self.pair_gemm2)]
+        steps = [("prologue", self.prologue), ("gemm1", self.gemm1)]
+        if needs_requantise(self.config):
+            steps.append(("requantise", self.requantise))
+        steps.append(("gemm2", self.gemm2))
+        return steps
+
+    def pair_gemm1(self) -> None:
+        p, c, t = self.problem, self.config.pairs, self.t
+        grid = (p.pairs, -(-p.intermediate_size // c.columns1))
+        pair_gemm1_kernel[grid](
+            t.hidden,
+            t.w13,
+            t.w13_scale,
+            self._view("act", torch.bfloat16),
+            t.topk_ids,
+            self.map,
+            t.w13.stride(0),
+            HIDDEN=p.hidden_size,
+            HIDDEN_BLOCK=power_of_two(p.hidden_size),
+            INTERMEDIATE=p.intermediate_size,
+            TOP_K=p.top_k,
+            COLUMNS=c.columns1,
+            BLOCK_K=c.block_k,
+            num_warps=c.warps1,
+            **self.routing_constants,
+        )
+
+    def pair_gemm2(self) -> None:
+        p, c, t = self.problem, self.config.pairs, self.t
+        grid = (p.tokens, -(-p.hidden_size // c.columns2))
+        pair_gemm2_kernel[grid](
+            self._view("act", torch.bfloat16),
+            t.w2,
+            t.w2_scale,
+            t.topk_weights,
+            t.out,
+            t.topk_ids,
+            self.map,
+            t.w2.stride(0),
+            HIDDEN=p.hidden_size,
+            INTERMEDIATE=p.intermediate_size,
+            WIDTH_BLOCK=power_of_two(p.intermediate_size),
+            TOP_K=p.top_k,
+            COLUMNS=c.columns2,
+            num_warps=c.warps2,
+            **self.routing_constants,
+        )
+
+    def prologue(self) -> None:
+        """Quantise tokens and group pairs by expert."""
+        p, c, t = self.problem, self.config, self.t
+        bins = bins_of(p.experts)
+        blocks = {"BLOCK_M1": c.gemm1.block_m, "BLOCK_M2": c.gemm2.block_m, "DONE": routing.DONE}
+        width = {"WIDTH": p.hidden_size, "WIDTH_BLOCK": power_of_two(p.hidden_size)}
+        if p.pairs <= routing.SMALL_PAIRS:
+            block = max(16, power_of_two(p.pairs))
+            routing.prologue_small_kernel[(p.tokens + 1,)](
+                t.hidden,
+                self.quantised,
+                self.token_scales,
+                t.topk_ids,
+                self.map,
+                self.local_ids,
+                self.rows,
+                self.tiles,
+                self.counts,
+                p.pairs,
+                self.max_tiles,
+                BINS=bins,
+                PAIRS_BLOCK=block,
+                STRIP=min(32, block),
+                num_warps=8,
+                **width,
+                **blocks,
+                **self.routing_constants,
+            )
+            return
+        chunks = -(-p.pairs // routing.CHUNK)
+        routing.prologue_kernel[(chunks + p.tokens,)](
+            t.hidden,
+            self.quantised,
+            self.token_scales,
+            t.topk_ids,
+            self.map,
+            self.local_ids,
+            self.histogram,
+            p.pairs,
+            chunks,
+            BINS=bins,
+            CHUNK=routing.CHUNK,
+            num_warps=4,
+            **width,
+            **self.routing_constants,
+        )
+        routing.scan_kernel[(1,)](
+            self.histogram,
+            self.tiles,
+            self.counts,
+            chunks,
+            self.max_tiles,
+            EXPERTS=p.experts,
+            BINS=bins,
+            ROWS=16,
+            num_warps=8,
+            **blocks,
+        )
+        routing.place_kernel[(-(-p.pairs // routing.PLACE),)](
+            self.local_ids,
+            self.histogram,
+            self.rows,
+            p.pairs,
+            chunks,
+            EXPERTS=p.experts,
+            BINS=bins,
+            CHUNK=routing.CHUNK,
+            PLACE=routing.PLACE,
+            STRIP=64,
+            num_warps=4,
+        )
+
+    def gemm1(self) -> None:
+        p, c, t = self.problem, self.config.gemm1, self.t
+        tiles = routing.max_tiles(p.pairs, p.experts, c.block_m)
+        shared = (self.rows, self.tiles, self.counts, self.max_tiles, t.w13.stride(0))
+        shape = {"HIDDEN": p.hidden_size, "INTERMEDIATE": p.intermediate_size, "TOP_K": p.top_k}
+        launch = {"num_warps": c.warps, "num_stages": c.stages}
+        if c.kind == "row":
+            low, high = split_width(p.intermediate_size)
+            gemm1_row_kernel[(tiles,)](
+                self.quantised,
+                self.token_scales,
+                t.w13,
+                t.w13_scale,
+                self._view("act_quantised", torch.float8_e4m3fn),
+                self.act_scales,
+                *shared,
+                BLOCK_M=c.block_m,
+                LOW=low,
+                HIGH=high,
+                BLOCK_K=c.block_k,
+                **shape,
+                **launch,
+            )
+            return
+        kernel = gemm1_stream_kernel if c.kind == "stream" else gemm1_tile_kernel
+        kernel[(tiles * -(-p.intermediate_size // c.block_n),)](
+            self.quantised,
+            self.token_scales,
+            t.w13,
+            t.w13_scale,
+            self._view("act", torch.bfloat16),
+            *shared,
+            BLOCK_M=c.block_m,
+            BLOCK_N=c.block_n,
+            BLOCK_K=c.block_k,
+            GROUP=c.group,
+            **shape,
+            **launch,
+        )
+
+    def requantise(self) -> None:
+        p = self.problem
+        block = power_of_two(p.intermediate_size)
+        quantise_rows_kernel[(p.pairs,)](
+            self._view("act", torch.bfloat16),
+            self._view("act_quantised", torch.float8_e4m3fn),
+            self.act_scales,
+            self.counts,
+            WIDTH=p.intermediate_size,
+            BLOCK=block,
+            num_warps=1 if block <= 512 else 4,
+        )
+
+    def gemm2(self) -> None:
+        """GEMM2 and the top-k sum, slice by slice, or both in one launch."""
+        p, c = self.problem, self.config.gemm2
+        if c.kind == "fused":
+            self._gemm2_fused()
+            return
+        width = slice_of(p, self.config)
+        for start in range(0, p.hidden_size, width):
+            wide = min(width, p.hidden_size - start)
+            self._gemm2_slice(start, wide)
+            self._sum_slice(start, wide)
+
+    def _gemm2_operands(self):
+        t = self.t
+        quantised = self.config.gemm1.kind == "row" or needs_requantise(self.config)
+        act = self._view("act_quantised", torch.float8_e4m3fn) if quantised else self._view("act", torch.bfloat16)
+        return quantised, (act, self.act_scales, t.w2, t.w2_scale, t.topk_weights, self.partial)
+
+    def _gemm2_slice(self, start: int, width: int) -> None:
+        p, c = self.problem, self.config.gemm2
+        quantised, operands = self._gemm2_operands()
+        tiles = routing.max_tiles(p.pairs, p.experts, c.block_m)
+        common = (self.rows, self.tiles[3 * self.max_tiles :], self.counts, self.max_tiles, self.t.w2.stride(0))
+        shape = {"HIDDEN": p.hidden_size, "INTERMEDIATE": p.intermediate_size}
+        if c.kind == "loop":
+            gemm2_loop_kernel[(tiles * -(-width // c.block_n),)](
+                *operands,
+                *common,
+                start,
+                width,
+                BLOCK_M=c.block_m,
+                BLOCK_N=c.block_n,
+                BLOCK_K=c.block_k,
+                GROUP=c.group,
+                SWAP=c.swap,
+                num_warps=c.warps,
+                num_stages=c.stages,
+                **shape,
+            )
+            return
+        low, high = split_width(p.intermediate_size)
+        gemm2_kernel[(tiles * -(-width // c.strip),)](
+            *operands,
+            *common,
+            start,
+            width,
+            LOW=low,
+            HIGH=high,
+            BLOCK_M=c.block_m,
+            BLOCK_N=c.block_n,
+            STRIP=c.strip,
+            QUANTISED=quantised,
+            SWAP=c.swap,
+            STAGES=c.stages,
+            num_warps=c.warps,
+            **shape,
+        )
+
+    def _sum_slice(self, start: int, width: int) -> None:
+        p, c = self.problem, self.config.sum
+        grid = (-(-p.tokens // c.block_t) * -(-width // c.block_c),)
+        sum_kernel[grid](
+            self.partial,
+            self.local_ids,
+            self.t.out,
+            p.tokens,
+            start,
+            width,
+            HIDDEN=p.hidden_size,
+            EXPERTS=p.experts,
+            TOP_K=p.top_k,
+            BLOCK_T=c.block_t,
+            BLOCK_C=c.block_c,
+            num_warps=c.warps,
+        )
+
+    def _gemm2_fused(self) -> None:
+        p, c = self.problem, self.config.gemm2
+        quantised, operands = self._gemm2_operands()
+        low, high = split_width(p.intermediate_size)
+        width = slice_of(p, self.config)
+        gemm2_sum_kernel[(self.multiprocessors * c.programs,)](
+            *operands,
+            self.local_ids,
+            self.t.out,
+            self.rows,
+            self.tiles[3 * self.max_tiles :],
+            self.counts,
+            self.counts[4:],
+            p.tokens,
+            self.max_tiles,
+            self.t.w2.stride(0),
+            p.pairs * width,
+            HIDDEN=p.hidden_size,
+            INTERMEDIATE=p.intermediate_size,
+            EXPERTS=p.experts,
+            TOP_K=p.top_k,
+            LOW=low,
+            HIGH=high,
+            BLOCK_M=c.block_m,
+            BLOCK_N=c.block_n,
+            STRIP=c.strip,
+            SLICE=width,
+            SLOTS=c.slots,
+            QUANTISED=quantised,
+            STAGES=c.stages,
+            BLOCK_T=self.config.sum.block_t,
+            num_warps=c.warps,
+        )

@@ -1,0 +1,220 @@
+"""Routing on the device: pairs grouped by expert by histogram, scan and scatter of indices. No sort, no host sync.
+
+Output, all int32, written anew by every call:
+    local_ids [pairs]   local expert of each pair, or `experts` where none (see triton/common.py: clean_expert)
+    rows [pairs]        pairs ordered by (local expert, pair number); the `counts[0]` first are valid
+    tiles [2, 3, max]   for GEMM1 and GEMM2: expert, first row and number of rows of each tile
+    counts [4 + DONE]   valid pairs, GEMM1's tiles, GEMM2's tiles, then zeros: gemm2_fused.py's ticket and step counters
+
+Pair p is token p // top_k and choice p % top_k. The order depends on the ids alone, so results repeat bit for bit.
+Token quantisation rides in the first launch: it has no dependency on routing, and a launch costs 2 – 3 µs.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .triton.common import clean_expert
+from .triton.quantise import quantise_row
+
+# Pairs counted by one program, and pairs placed by one program. 1024 keeps the scan at 64 rows for 8192 tokens × 8.
+CHUNK = 1024
+PLACE = 128
+# Zeros kept behind the counts.
+DONE = 256
+# Up to this many pairs one program does all the routing in the first launch.
+SMALL_PAIRS = 512
+
+
+def max_tiles(pairs: int, experts: int, block_m: int) -> int:
+    """Most tiles any routing of `pairs` pairs can need: full ones, and one part-filled for each expert met."""
+    return pairs // block_m + min(experts, pairs)
+
+
+@triton.jit
+def write_tiles(
+    tiles, max_tiles, totals, starts, BLOCK_M: tl.constexpr, EXPERTS: tl.constexpr, BINS: tl.constexpr
+):
+    """List the tiles of every expert in order; returns how many there are."""
+    expert = tl.arange(0, BINS)
+    rows = tl.where(expert < EXPERTS, totals, 0)
+    wanted = (rows + BLOCK_M - 1) // BLOCK_M
+    first = tl.cumsum(wanted, axis=0) - wanted
+    most = tl.max(wanted, axis=0)
+    for j in range(0, most):
+        has = j < wanted
+        tl.store(tiles + first + j, expert, mask=has)
+        tl.store(tiles + max_tiles + first + j, starts + j * BLOCK_M, mask=has)
+        tl.store(tiles + 2 * max_tiles + first + j, tl.minimum(rows - j * BLOCK_M, BLOCK_M), mask=has)
+    return tl.sum(wanted, axis=0)
+
+
+@triton.jit
+def finish(
+    totals,
+    tiles,
+    counts,
+    max_tiles,
+    BLOCK_M1: tl.constexpr,
+    BLOCK_M2: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BINS: tl.constexpr,
+    DONE: tl.constexpr,
+):
+    """From pairs per expert [BINS]: tile lists of both GEMMs and the counts. Returns each expert's first row."""
+    expert = tl.arange(0, BINS)
+    starts = tl.cumsum(totals, axis=0) - totals
+    tl.store(counts, tl.sum(tl.where(expert < EXPERTS, totals, 0), axis=0))
+    tl.store(counts + 1, write_tiles(tiles, max_tiles, totals, starts, BLOCK_M1, EXPERTS, BINS))
+    tl.store(
+        counts + 2, write_tiles(tiles + 3 * max_tiles, max_tiles, totals, starts, BLOCK_M2, EXPERTS, BINS)
+    )
+    tl.store(counts + 3, 0)
+    tl.store(counts + 4 + tl.arange(0, DONE), tl.zeros((DONE,), tl.int32))
+    return starts
+
+
+@triton.jit(do_not_specialize=["pairs"])
+def prologue_small_kernel(
+    hidden,
+    quantised,
+    scales,
+    ids,
+    expert_map,
+    local_ids,
+    rows,
+    tiles,
+    counts,
+    pairs,
+    max_tiles,
+    WIDTH: tl.constexpr,
+    WIDTH_BLOCK: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    GLOBAL_EXPERTS: tl.constexpr,
+    HAS_MAP: tl.constexpr,
+    BINS: tl.constexpr,
+    PAIRS_BLOCK: tl.constexpr,
+    STRIP: tl.constexpr,
+    BLOCK_M1: tl.constexpr,
+    BLOCK_M2: tl.constexpr,
+    DONE: tl.constexpr,
+):
+    """Program 0 routes everything; program 1 + t quantises token t."""
+    pid = tl.program_id(0)
+    if pid > 0:
+        quantise_row(hidden, quantised, scales, pid - 1, WIDTH, WIDTH_BLOCK)
+    else:
+        pair = tl.arange(0, PAIRS_BLOCK)
+        inside = pair < pairs
+        expert = clean_expert(ids, pair, inside, expert_map, EXPERTS, GLOBAL_EXPERTS, HAS_MAP)
+        tl.store(local_ids + pair, expert, mask=inside)
+        # Place of a pair = pairs of a smaller expert + earlier pairs of its own.
+        place = tl.zeros((PAIRS_BLOCK,), tl.int32)
+        bins = tl.arange(0, BINS)
+        totals = tl.zeros((BINS,), tl.int32)
+        for first in range(0, pairs, STRIP):
+            other = first + tl.arange(0, STRIP)
+            real = other < pairs
+            other_expert = clean_expert(ids, other, real, expert_map, EXPERTS, GLOBAL_EXPERTS, HAS_MAP)
+            before = (other_expert[None, :] < expert[:, None]) | (
+                (other_expert[None, :] == expert[:, None]) & (other[None, :] < pair[:, None])
+            )
+            place += tl.sum((before & real[None, :]).to(tl.int32), axis=1)
+            hit = (other_expert[None, :] == bins[:, None]) & real[None, :]
+            totals += tl.sum(hit.to(tl.int32), axis=1)
+        tl.store(rows + place, pair, mask=inside)
+        finish(totals, tiles, counts, max_tiles, BLOCK_M1, BLOCK_M2, EXPERTS, BINS, DONE)
+
+
+@triton.jit(do_not_specialize=["pairs", "chunks"])
+def prologue_kernel(
+    hidden,
+    quantised,
+    scales,
+    ids,
+    expert_map,
+    local_ids,
+    histogram,
+    pairs,
+    chunks,
+    WIDTH: tl.constexpr,
+    WIDTH_BLOCK: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    GLOBAL_EXPERTS: tl.constexpr,
+    HAS_MAP: tl.constexpr,
+    BINS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Programs below `chunks` count experts in their chunk of pairs; the others quantise one token each."""
+    pid = tl.program_id(0)
+    if pid >= chunks:
+        quantise_row(hidden, quantised, scales, pid - chunks, WIDTH, WIDTH_BLOCK)
+    else:
+        pair = pid * CHUNK + tl.arange(0, CHUNK)
+        inside = pair < pairs
+        expert = clean_expert(ids, pair, inside, expert_map, EXPERTS, GLOBAL_EXPERTS, HAS_MAP)
+        tl.store(local_ids + pair, expert, mask=inside)
+        # Pairs past the end count into the bin of «none here» (BINS > EXPERTS), whose total nobody needs.
+        tl.store(histogram + pid * BINS + tl.arange(0, BINS), tl.histogram(expert, BINS))
+
+
+@triton.jit(do_not_specialize=["chunks"])
+def scan_kernel(
+    histogram,
+    tiles,
+    counts,
+    chunks,
+    max_tiles,
+    EXPERTS: tl.constexpr,
+    BINS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_M1: tl.constexpr,
+    BLOCK_M2: tl.constexpr,
+    DONE: tl.constexpr,
+):
+    """One program. histogram [chunks + 1, BINS] becomes: row c, pairs of that expert before chunk c; last row, the
+    expert's first row in the grouped order."""
+    expert = tl.arange(0, BINS)
+    totals = tl.zeros((BINS,), tl.int32)
+    for first in range(0, chunks, ROWS):
+        chunk = first + tl.arange(0, ROWS)
+        where = histogram + chunk[:, None] * BINS + expert[None, :]
+        real = (chunk < chunks)[:, None] & (expert < BINS)[None, :]
+        here = tl.load(where, mask=real, other=0)
+        before = tl.cumsum(here, axis=0) - here
+        tl.store(where, before + totals[None, :], mask=real)
+        totals += tl.sum(here, axis=0)
+    starts = finish(totals, tiles, counts, max_tiles, BLOCK_M1, BLOCK_M2, EXPERTS, BINS, DONE)
+    tl.store(histogram + chunks * BINS + expert, starts)
+
+
+@triton.jit(do_not_specialize=["pairs", "chunks"])
+def place_kernel(
+    local_ids,
+    histogram,
+    rows,
+    pairs,
+    chunks,
+    EXPERTS: tl.constexpr,
+    BINS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PLACE: tl.constexpr,
+    STRIP: tl.constexpr,
+):
+    """Each program places PLACE pairs: expert's first row + pairs before its chunk + earlier ones in its chunk."""
+    first = tl.program_id(0) * PLACE
+    pair = first + tl.arange(0, PLACE)
+    inside = pair < pairs
+    expert = tl.load(local_ids + pair, mask=inside, other=EXPERTS)
+    chunk = first // CHUNK
+    rank = tl.zeros((PLACE,), tl.int32)
+    for other_first in range(chunk * CHUNK, first + PLACE, STRIP):
+        other = other_first + tl.arange(0, STRIP)
+        other_expert = tl.load(local_ids + other, mask=other < pairs, other=EXPERTS)
+        before = (other_expert[None, :] == expert[:, None]) & (other[None, :] < pair[:, None])
+        rank += tl.sum(before.to(tl.int32), axis=1)
+    valid = inside & (expert < EXPERTS)
+    base = tl.load(histogram + chunk * BINS + expert, mask=valid, other=0)
+    start = tl.load(histogram + chunks * BINS + expert, mask=valid, other=0)
+    tl.store(rows + start + base + rank, pair, mask=valid)
