@@ -115,7 +115,7 @@ def is_core_dump(path: Path) -> bool:
 
 def commands(path: Path) -> list[str]:
     """The commands for cuda-gdb whose output `parse` reads."""
-    lines = [f"target cudacore {path}", "bt 1", f"echo \\n{_MARK} code\\n", "x/i $errorpc"]
+    lines = ["set width 0", f"target cudacore {path}", "bt 1", f"echo \\n{_MARK} code\\n", "x/i $errorpc"]
     for lane in range(LANES):
         lines += [f"echo \\n{_MARK} lane {lane}\\n", f"cuda lane {lane}", "info registers"]
     return lines
@@ -187,4 +187,4 @@ def _joined(text: str) -> str:
     end = text.find(">>>", start.start())
     stop = text.find("\n", end if end >= 0 else start.start())
     frame = text[start.start() : stop if stop >= 0 else len(text)]
-    return frame.replace("\n", " ")
+    return frame.replace("\n", "")

@@ -11,7 +11,7 @@
 
 namespace {
 
-constexpr int kThreads = 4, kRounds = 400, kDevices = 2;
+constexpr int kThreads = 4, kRounds = 250, kDevices = 2;
 
 void* mock;
 template <class F>
