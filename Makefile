@@ -1,0 +1,19 @@
+# make demo: the whole thing on this machine's CPU.  make test: everything that is checked.  Both set up .venv first.
+PYTHON ?= $(or $(shell command -v python3.11),python3)
+VENV := .venv/bin
+
+# One plain command a line: make runs those without a shell between, so a signal to make reaches them.
+.PHONY: demo test environment
+demo:
+	@$(PYTHON) -m tools.environment
+	@$(VENV)/python -m tools.demo
+
+test:
+	@$(PYTHON) -m tools.environment --dev
+	$(VENV)/ruff check .
+	$(VENV)/ruff format --check .
+	$(VENV)/mypy
+	$(VENV)/pytest
+
+environment:
+	@$(PYTHON) -m tools.environment --dev

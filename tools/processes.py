@@ -1,0 +1,103 @@
+"""Runs a command in a session of its own and ends all of it: no child outlives the one who started it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+
+_GRACE = 20.0  # seconds that a server has to leave by itself; vLLM takes 2 to 4
+_POLL = 0.1
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM came. Like KeyboardInterrupt, it is no Exception."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.exit_code = 128 + number
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Turn the first SIGINT or SIGTERM into `Interrupted`; later ones are ignored, so that cleaning up ends."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        for other in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(other, signal.SIG_IGN)
+        raise Interrupted(number)
+
+    before = [(number, signal.signal(number, interrupt)) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        yield
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+
+
+class Session:
+    """One command and everything it starts."""
+
+    def __init__(
+        self, command: Sequence[str | Path], log: Path, environment: Mapping[str, str] | None = None, folder: Path | None = None
+    ) -> None:
+        """Start `command`; what it prints goes to `log`, added at its end."""
+        self.log = log
+        # Not `with Popen(...)`: its exit would wait for the command.
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(
+                [str(part) for part in command], stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                env=None if environment is None else dict(environment), cwd=folder, start_new_session=True,
+            )  # fmt: skip
+
+    @property
+    def pid(self) -> int:
+        """The process id of the command, which is also the id of its session."""
+        return self._process.pid
+
+    def exit_code(self) -> int | None:
+        """The exit code of the command; None while it runs."""
+        return self._process.poll()
+
+    def wait(self, seconds: float | None = None) -> int | None:
+        """Wait for the command to end, at most `seconds`; its exit code, or None where it still runs."""
+        try:
+            return self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def members(self) -> list[int]:
+        """The processes of the session that are alive."""
+        running = (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
+        return [pid for pid in running if _session_of(pid) == self.pid]
+
+    def stop(self) -> None:
+        """Ask the command to leave, then end whatever is left of its session. Returns once nothing is."""
+        if self.exit_code() is None:
+            self._process.send_signal(signal.SIGTERM)
+            self.wait(_GRACE)
+        while members := self.members():
+            for pid in members:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self._process.poll()
+            time.sleep(_POLL)
+
+    def last_lines(self, count: int) -> str:
+        """The end of the log."""
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        return "\n".join(lines[-count:])
+
+
+def _session_of(pid: int) -> int | None:
+    """The session a live process belongs to; None for one that has ended, also if nobody waited for it yet."""
+    try:
+        state, _parent, _group, session = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:4]
+    except OSError:
+        return None
+    return None if state in "ZX" else int(session)
