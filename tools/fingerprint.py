@@ -52,14 +52,14 @@ def main() -> int:
                 table[found] = [v for v in versions if v not in wanted]
             for version in wanted:
                 if site.versions.contains(version) and patch.affects.contains(version):
-                    found = _fingerprint(folders[version], version, site)
-                    if found is None:
+                    present = _fingerprint(folders[version], version, site)
+                    if present is None:
                         print(f"{patch.id}: vLLM {version} does not define {site}", file=sys.stderr)
                         problems += 1
                         continue
-                    if not any(site.fingerprints.values()) or found not in site.fingerprints:
-                        print(f"{patch.id}: {site} of vLLM {version} is new: {found}")
-                    table.setdefault(found, []).append(version)
+                    if present not in site.fingerprints:
+                        print(f"{patch.id}: {site} of vLLM {version} is new: {present}")
+                    table.setdefault(present, []).append(version)
         outdated |= _write_fingerprints(patch.id, recorded, arguments.check)
     return 1 if problems or (arguments.check and outdated) else 0
 

@@ -93,10 +93,10 @@ def folder() -> Path:
     return installed if installed.is_dir() else Path(__file__).parent.parent / "patches"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def releases(path: Path | None = None) -> tuple[str, ...]:
     """The vLLM releases this package knows, oldest first."""
-    with open((path or folder()) / "releases.toml", "rb") as file:
+    with ((path or folder()) / "releases.toml").open("rb") as file:
         return tuple(tomllib.load(file)["releases"])
 
 
@@ -121,7 +121,7 @@ def patches(path: Path | None = None) -> list[Patch]:
 
 def _read(file: Path) -> Patch | Broken:
     try:
-        with open(file, "rb") as opened:
+        with file.open("rb") as opened:
             table = tomllib.load(opened)
         if table["id"] != file.stem:
             raise ValueError(f"its id is {table['id']!r}")

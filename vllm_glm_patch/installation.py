@@ -86,7 +86,9 @@ class _Installation:
         module, name = "vllm.engine.arg_utils", "EngineArgs.create_engine_config"
         site = catalog.Site("configuration", module, name, SpecifierSet(), {})
         replacement = patching.Replacement(site, found.source_of(module), _watched)
-        self.watch = patching.Change([replacement], lambda reason: logger.warning("--additional-config is not read: %s", reason))
+        self.watch = patching.Change(
+            [replacement], lambda reason: logger.warning("--additional-config is not read: %s", reason)
+        )
         self.watch.begin()
 
     def _kept(self, decision: catalog.Decision) -> catalog.Decision:
@@ -102,7 +104,7 @@ class _Installation:
         def relied_on() -> bool:
             return all(self.state_of(i) in (catalog.APPLY, catalog.NOT_NEEDED) for i in patch.relies_on)
 
-        fix: Fix = importlib.import_module(patch.fix)  # type: ignore[assignment]
+        fix: Fix = importlib.import_module(patch.fix)
         context = Context(Version(found.release), lambda: self.settings, relied_on)
         factories = fix.replacements(context)
         replacements = [

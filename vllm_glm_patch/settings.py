@@ -67,7 +67,8 @@ class Settings:
 
     def with_values(self, given: Mapping[str, Any], called: Mapping[str, str]) -> Settings:
         """These settings with `given` checked and put in; `called` says how to name each key in an error."""
-        return replace(self, **{key: _PARSERS[key](value, called[key]) for key, value in given.items()})
+        parsed: dict[str, Any] = {key: _PARSERS[key](value, called[key]) for key, value in given.items()}
+        return replace(self, **parsed)
 
     def environment(self) -> dict[str, str]:
         """The same settings as environment variables, for child processes."""

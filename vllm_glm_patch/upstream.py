@@ -59,9 +59,13 @@ def _stated_version(root: Path) -> str | None:
 def version_in_source(root: Path) -> str | None:
     """The version that setuptools-scm wrote into a vLLM package folder; None if there is none."""
     try:
-        text = (root / "_version.py").read_text(encoding="utf-8")
+        return version_in_text((root / "_version.py").read_text(encoding="utf-8"))
     except OSError:
         return None
+
+
+def version_in_text(text: str) -> str | None:
+    """The version in the text of a _version.py that setuptools-scm wrote; None if there is none."""
     found = re.search(r"^__version__\s*=.*?['\"]([^'\"]+)['\"]", text, re.MULTILINE)
     return found.group(1) if found else None
 

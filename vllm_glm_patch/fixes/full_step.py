@@ -49,14 +49,16 @@ def on_engine_config(context: Context, vllm_config: Any) -> None:
         logger.warning("compile_full_step has no effect: vLLM does not compile here (--enforce-eager or no compilation).")
     elif tokens not in compile_sizes:
         compilation.compile_sizes = sorted([*compile_sizes, tokens])
-        logger.info("The step of %d tokens is compiled as a static shape; compile_sizes is %s.", tokens, compilation.compile_sizes)
+        logger.info(
+            "The step of %d tokens is compiled as a static shape; compile_sizes is %s.", tokens, compilation.compile_sizes
+        )
 
 
 def full_step(vllm_config: Any) -> int:
     """Tokens of the largest step this deployment can schedule."""
     scheduler = vllm_config.scheduler_config
     limit = getattr(scheduler, "max_num_scheduled_tokens", None)
-    return min(scheduler.max_num_batched_tokens, limit or scheduler.max_num_batched_tokens)
+    return int(min(scheduler.max_num_batched_tokens, limit or scheduler.max_num_batched_tokens))
 
 
 def _scheduler_init(context: Context, original: Any) -> Any:
@@ -75,9 +77,7 @@ def guard(scheduler: Any) -> None:
     config = scheduler.scheduler_config
     full = config.max_num_batched_tokens
     if scheduler.max_num_scheduled_tokens < full:
-        logger.info(
-            "No step has %d tokens: max_num_scheduled_tokens is already %d.", full, scheduler.max_num_scheduled_tokens
-        )
+        logger.info("No step has %d tokens: max_num_scheduled_tokens is already %d.", full, scheduler.max_num_scheduled_tokens)
         return
     chunked = getattr(config, "enable_chunked_prefill", None)
     if chunked is None:
@@ -131,12 +131,16 @@ def warm_up(worker: Any) -> None:
             "without this warm-up; `vllm-glm-patch doctor` tells what is known of this vLLM."
         ) from error
     except (TypeError, AttributeError, AssertionError, ValueError, NotImplementedError, KeyError) as error:
-        logger.warning("The step of %d tokens could not be warmed up (%s: %s); serving goes on.", tokens, type(error).__name__, error)
+        logger.warning(
+            "The step of %d tokens could not be warmed up (%s: %s); serving goes on.", tokens, type(error).__name__, error
+        )
         return
     seconds = time.perf_counter() - started
     logger.info("Warmed up the step of %d tokens in %.2f s; %s.", tokens, seconds, spread or "its routing could not be seen")
     if spread is not None and spread.used * 2 < spread.experts:
-        logger.warning("The warm-up of %d tokens used only %d of %d experts; it proves little.", tokens, spread.used, spread.experts)
+        logger.warning(
+            "The warm-up of %d tokens used only %d of %d experts; it proves little.", tokens, spread.used, spread.experts
+        )
 
 
 def _where(error: BaseException) -> str:

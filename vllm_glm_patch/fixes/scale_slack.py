@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 SLACK = 8
 """float32 values that must be readable behind the scales: 32 bytes, the most the epilogue reads too far."""
+_libraries: list[Any] = []  # an operator lives as long as its library object
 
 
 def replacements(context: Context) -> Mapping[str, Factory]:
@@ -36,16 +37,32 @@ def with_slack(scales: torch.Tensor) -> torch.Tensor:
     """
     import torch
 
-    count = scales.numel()
     if torch.compiler.is_compiling():
-        padded = torch.nn.functional.pad(scales.reshape(-1), (0, SLACK))
-        return padded[:count].view(scales.shape)
-    itemsize = scales.element_size()
-    if scales.untyped_storage().nbytes() >= (scales.storage_offset() + count + SLACK) * itemsize:
-        return scales
-    copy = empty_with_slack(count, scales).view(scales.shape)
+        copied: torch.Tensor = torch.ops.vllm_glm_patch.copy_with_slack(scales)
+        return copied
+    needed = scales.storage_offset() + scales.numel() + SLACK
+    return scales if scales.untyped_storage().nbytes() >= needed * scales.element_size() else _copy_with_slack(scales)
+
+
+def _copy_with_slack(scales: torch.Tensor) -> torch.Tensor:
+    copy = empty_with_slack(scales.numel(), scales).view(scales.shape)
     copy.copy_(scales)
     return copy
+
+
+@functools.cache
+def define_operator() -> None:
+    """Define torch.ops.vllm_glm_patch.copy_with_slack, for compiled graphs.
+
+    An operator, since Inductor sees through padding and slicing and allocates just the values.
+    """
+    import torch
+
+    library = torch.library.Library("vllm_glm_patch", "FRAGMENT")
+    library.define("copy_with_slack(Tensor scales) -> Tensor")
+    library.impl("copy_with_slack", _copy_with_slack, "CompositeExplicitAutograd")
+    torch.library.register_fake("vllm_glm_patch::copy_with_slack", torch.empty_like, lib=library)
+    _libraries.append(library)
 
 
 def empty_with_slack(count: int, like: torch.Tensor) -> torch.Tensor:
@@ -57,6 +74,7 @@ def empty_with_slack(count: int, like: torch.Tensor) -> torch.Tensor:
 
 def _grouped_gemm(original: Any) -> Any:
     arguments = Arguments(original)
+    define_operator()
 
     @functools.wraps(original)
     def cutlass_moe_mm(*args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,160 @@
+#!/usr/bin/env python3
+"""The report's step under `vllm serve`: scales before an unmapped page, with and without the patch; answers compared.
+
+    guarded_serve.py MODEL OUT.json [--flags "..."]      an affected vLLM and vllm_glm_patch on the Python path
+
+Three servers, one after the other: unpatched and guarded (dies on a step of 8192), patched and guarded (answers all),
+unpatched and not guarded (the greedy answers to compare with).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import os
+import random
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import children
+
+FLAGS = "--enable-chunked-prefill --max-num-batched-tokens 8192 --max-model-len 20000 --gpu-memory-utilization 0.5"
+LENGTHS = (8190, 8191, 12000, 8193, 8192, 16384)
+TELLING = (
+    "vllm-glm-patch", "  full-step", "  routing-ids", "  scale-over", "Warmed up", "illegal memory", "EngineDead",
+    "GPU KV cache size", "guard_scales_plugin", "failed",
+)  # fmt: skip
+ENTRY = "[vllm.general_plugins]\nguard_scales = guard_scales_plugin:register\n"
+
+
+class Server:
+    """One `vllm serve` in a process group of its own."""
+
+    def __init__(self, name: str, model: str, flags: str, environment: dict[str, str], logs: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.log = logs / f"{name}.log"
+        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, "--port", str(self.port)]
+        command += ["--host", "127.0.0.1", "--no-enable-prefix-caching", *shlex.split(flags)]
+        self.command = " ".join(command[1:])
+        base = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+        base["CPATH"] = "/usr/local/cuda/include"
+        self.process = subprocess.Popen(
+            command, stdout=self.log.open("w"), stderr=subprocess.STDOUT, start_new_session=True, cwd=logs,
+            env={**os.environ, **base, **environment},
+        )  # fmt: skip
+
+    def wait_until_ready(self, seconds: float) -> float:
+        started = time.time()
+        while time.time() - started < seconds:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"the server ended with {self.process.returncode}; see {self.log}")
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2)
+                return time.time() - started
+            except OSError:
+                time.sleep(0.5)
+        raise RuntimeError(f"the server was not ready after {seconds} s; see {self.log}")
+
+    def ask(self, prompt: list[int], model: str) -> dict[str, Any]:
+        """The greedy answer to a prompt of token ids, or what went wrong."""
+        body = {"model": model, "prompt": prompt, "max_tokens": 8, "temperature": 0, "logprobs": 1}
+        body["return_tokens_as_token_ids"] = True
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        started = time.time()
+        try:
+            with urllib.request.urlopen(request, timeout=120) as response:
+                logprobs = json.load(response)["choices"][0]["logprobs"]
+        except (OSError, urllib.error.HTTPError) as error:
+            return {"outcome": "died", "text": str(error)}
+        return {
+            "outcome": "answered", "seconds": round(time.time() - started, 3), "tokens": logprobs["tokens"],
+            "logprobs": logprobs["token_logprobs"],
+        }  # fmt: skip
+
+    def lines(self, *needles: str) -> list[str]:
+        return [line.strip() for line in self.log.read_text().splitlines() if any(n in line for n in needles)][:12]
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(20)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        time.sleep(2)
+
+
+def prompt_of(length: int) -> list[int]:
+    """Varied tokens: a prompt of one token repeated would route all of them alike."""
+    return random.Random(length).choices(range(1000, 150000), k=length)
+
+
+def serve(name: str, arguments: argparse.Namespace, guarded: bool, environment: dict[str, str], logs: Path) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        if guarded:
+            info = Path(folder, "guard_scales-1.0.dist-info")
+            info.mkdir()
+            (info / "METADATA").write_text("Metadata-Version: 2.1\nName: guard-scales\nVersion: 1.0\n")
+            (info / "entry_points.txt").write_text(ENTRY)
+            here = str(Path(__file__).parent)
+            path = os.pathsep.join([folder, here, os.environ.get("PYTHONPATH", "")])
+            environment = {**environment, "PYTHONPATH": path}
+        server = Server(name, arguments.model, arguments.flags, environment, logs)
+        row: dict[str, Any] = {"server": name, "guarded": guarded, "environment": environment, "command": server.command}
+        row["environment"].pop("PYTHONPATH", None)
+        try:
+            row["start_seconds"] = round(server.wait_until_ready(300), 1)
+            row["answers"] = {}
+            for length in LENGTHS:
+                row["answers"][length] = server.ask(prompt_of(length), arguments.model)
+                print(name, length, row["answers"][length], flush=True)
+                if row["answers"][length]["outcome"] == "died":
+                    break
+        except RuntimeError as error:
+            row["error"] = str(error)
+        finally:
+            time.sleep(1)
+            server.stop()
+        row["log"] = server.lines(*TELLING)
+        print(*row["log"], sep="\n", flush=True)
+        return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--flags", default=FLAGS)
+    parser.add_argument("--only", default="", help="names of servers to run, separated by commas")
+    arguments = parser.parse_args()
+    logs = arguments.out.parent.resolve()
+    wanted = [
+        ("unpatched-guarded", True, {"VLLM_GLM_PATCH": "0"}),
+        ("patched-guarded", True, {}),
+        ("unpatched", False, {"VLLM_GLM_PATCH": "0"}),
+    ]
+    result = {"vllm": importlib.metadata.version("vllm"), "flags": arguments.flags, **children.run(children.machine)}
+    result["servers"] = []
+    for name, guarded, environment in wanted:
+        if not arguments.only or name in arguments.only.split(","):
+            result["servers"].append(serve(name, arguments, guarded, environment, logs))
+            arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
