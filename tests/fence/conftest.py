@@ -98,5 +98,6 @@ def fence(libraries: tuple[Path, Path], tmp_path: Path) -> Iterator[Fence]:
     for_graphs = mock.violations()
     library.shutdown()
     assert for_graphs == ""
+    assert mock.native.mock_capture_mode() == 0, "the thread's capture mode was not given back"
     assert mock.violations() == ""
     assert mock.native.mock_leaks() == 0

@@ -48,7 +48,7 @@ def test_a_token_count_that_leaves_slack_speaks_against_it(tmp_path: Path) -> No
 
 
 def test_a_kernel_named_in_the_log_makes_it_certain(tmp_path: Path) -> None:
-    line = "[00:40:46.6] coredump:   #0\t0x7462c3bac620\t_ZN7cutlass13device_kernelINS_4gemm6kernel13GemmUniversalINS1_17GroupProblemShapeE"
+    line = "[00:40:46.6] coredump:   #0\t0x7462c3bac620\t_ZN7cutlass13GemmUniversalINS_17GroupProblemShapeE"
     (match,) = diagnose(log(tmp_path, kernel=line), [OVER_READ]).matches
     assert match.certain
 

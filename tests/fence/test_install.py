@@ -28,7 +28,9 @@ def torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     class Pluggable:
         def __init__(self, path: str, malloc: str, free: str):
             events.append(("made", (malloc, free)))
-            self.native = SimpleNamespace(**{name: lambda pointer, name=name: events.append((name, pointer)) for name in SETTERS})
+            self.native = SimpleNamespace(
+                **{name: lambda pointer, name=name: events.append((name, pointer)) for name in SETTERS}
+            )
 
         def allocator(self) -> SimpleNamespace:
             return self.native

@@ -143,14 +143,17 @@ def test_without_cuda_gdb_the_report_says_what_to_do(tmp_path: Path, monkeypatch
 
 def test_stacks_are_numbered_once_each_and_read_back(tmp_path: Path) -> None:
     recorder = StackRecorder(str(tmp_path))
-    numbers = []
-    for _ in range(3):
-        numbers.append(recorder.number(1, 0))
+    numbers = {number for _ in "abc" for number in (recorder.number(1, 0),)}
     other = recorder.number(1, 0)
-    assert len(set(numbers)) == 1
-    assert other not in (0, numbers[0])
+    assert len(numbers) == 1
+    assert other not in {0, *numbers}
     stacks = read_stacks(tmp_path / f"stacks-{os.getpid()}.jsonl")
-    assert "test_stacks_are_numbered_once_each_and_read_back" in stacks[numbers[0]][0]
+    assert "test_stacks_are_numbered_once_each_and_read_back" in "".join(stacks[numbers.pop()])
+
+
+def test_a_stack_that_a_crash_cut_off_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "stacks").write_text('{"stack": 1, "frames": ["a"]}\n{"stack": 2, "fra')
+    assert read_stacks(tmp_path / "stacks") == {1: ["a"]}
 
 
 def test_the_allocators_stack_callback_fills_the_journal(fence: Fence) -> None:

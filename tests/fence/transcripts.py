@@ -6,7 +6,8 @@ KERNEL = (
 )
 
 _HEAD = """Opening GPU coredump: /tmp/f/core-77.nvcudmp
-[Current focus set to CUDA kernel 0, grid 91, cluster (3,0,0), block (7,1,0), thread (128,0,0), device 0, sm 12, warp 4, lane 0]
+[Current focus set to CUDA kernel 0, grid 91, cluster (3,0,0), block (7,1,0), \
+thread (128,0,0), device 0, sm 12, warp 4, lane 0]
 
 CUDA Exception: Warp Illegal Address
 The exception was triggered at PC 0x7f31abb9f6d0  void cutlass::device_kernel<...>
@@ -19,7 +20,8 @@ The exception was triggered at PC 0x7f31abb9f6d0  void cutlass::device_kernel<..
 
 _LANE = """
 @@glm-fence lane {lane}
-[Switching focus to CUDA kernel 0, grid 91, cluster (3,0,0), block (7,1,0), thread ({thread},0,0), device 0, sm 12, warp 4, lane {lane}]
+[Switching focus to CUDA kernel 0, grid 91, cluster (3,0,0), block (7,1,0), \
+thread ({thread},0,0), device 0, sm 12, warp 4, lane {lane}]
 R0             0x1                 1
 R1             0xfffdf8            16776696
 R10            {low:#x}          {low}

@@ -8,7 +8,7 @@ a pluggable allocator: run vLLM with --disable-custom-all-reduce on several card
 until the graph is destroyed, or until `release_graphs` says that none will be replayed.
 """
 
-from .installation import installed, install, install_from_environment, release_graphs
+from .installation import install, install_from_environment, installed, release_graphs
 from .library import FenceError
 from .options import Options
 

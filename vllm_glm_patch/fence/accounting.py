@@ -56,9 +56,7 @@ class Accounting:
         nested.update(num_alloc_retries=stats.retries, num_ooms=stats.out_of_memory, max_split_size=-1)
         nested.update(num_sync_all_streams=0, num_device_alloc=stats.segments.allocated)
         nested.update(num_device_free=stats.segments.freed)
-        nested["fence"] = {
-            name: getattr(stats, name) for name in ("waiting_bytes", "idle_bytes", "graph_bytes", "granularity")
-        }
+        nested["fence"] = {name: getattr(stats, name) for name in ("waiting_bytes", "idle_bytes", "graph_bytes", "granularity")}
         return nested
 
     def memory_stats(self, device: Any = None) -> OrderedDict[str, int]:
@@ -75,16 +73,16 @@ class Accounting:
         return OrderedDict(sorted(flat.items()))
 
     def memory_allocated(self, device: Any = None) -> int:
-        return self._library.stats(self._device(device)).allocated_bytes.current
+        return int(self._library.stats(self._device(device)).allocated_bytes.current)
 
     def max_memory_allocated(self, device: Any = None) -> int:
-        return self._library.stats(self._device(device)).allocated_bytes.peak
+        return int(self._library.stats(self._device(device)).allocated_bytes.peak)
 
     def memory_reserved(self, device: Any = None) -> int:
-        return self._library.stats(self._device(device)).reserved_bytes.current
+        return int(self._library.stats(self._device(device)).reserved_bytes.current)
 
     def max_memory_reserved(self, device: Any = None) -> int:
-        return self._library.stats(self._device(device)).reserved_bytes.peak
+        return int(self._library.stats(self._device(device)).reserved_bytes.peak)
 
     def reset_peak_memory_stats(self, device: Any = None) -> None:
         self._library.reset_peak(self._device(device))

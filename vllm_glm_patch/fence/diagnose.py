@@ -58,12 +58,16 @@ class Signature:
                 raise ValueError(f"patch {patch}: signature has {key!r}; known keys are {', '.join(known)}.")
             if not isinstance(value, known[key]):
                 raise ValueError(f"patch {patch}: signature {key} is {value!r}; it must be {known[key].__name__}.")
-        for key in ("error", "kernel"):
-            try:
-                re.compile(table.get(key, ""))
-            except re.error as error:
-                raise ValueError(f"patch {patch}: signature {key} {table[key]!r} does not compile: {error}.") from None
+            if key in ("error", "kernel"):
+                _check_expression(patch, key, str(value))
         return cls(patch, **table)
+
+
+def _check_expression(patch: str, key: str, expression: str) -> None:
+    try:
+        re.compile(expression)
+    except re.error as error:
+        raise ValueError(f"patch {patch}: signature {key} {expression!r} does not compile: {error}.") from None
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,9 @@ def install(options: Options) -> Library:
     Raises:
         FenceError: torch has used CUDA before, has no CUDA, or the library is missing; nothing was changed.
     """
-    if "library" in _state:
-        return _state["library"]
+    already = installed()
+    if already is not None:
+        return already
     import torch
 
     if torch.version.cuda is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes as C
 import os
 from pathlib import Path
+from typing import ClassVar, cast
 
 from ..errors import UserError
 from .options import Options, journal_path
@@ -18,7 +19,7 @@ class FenceError(UserError):
 
 
 class _Options(C.Structure):
-    _fields_ = [
+    _fields_: ClassVar = [
         ("align", C.c_uint32),
         ("guard_before", C.c_uint32),
         ("poison", C.c_uint32),
@@ -34,13 +35,13 @@ class _Options(C.Structure):
 
 
 class Counter(C.Structure):
-    _fields_ = [(name, C.c_int64) for name in ("current", "peak", "allocated", "freed")]
+    _fields_: ClassVar = [(name, C.c_int64) for name in ("current", "peak", "allocated", "freed")]
 
 
 class Stats(C.Structure):
     """Counts of one device; bytes."""
 
-    _fields_ = [
+    _fields_: ClassVar = [
         *((name, Counter) for name in ("allocated_bytes", "requested_bytes", "reserved_bytes", "blocks", "segments")),
         *(
             (name, C.c_int64)
@@ -52,7 +53,7 @@ class Stats(C.Structure):
 class Block(C.Structure):
     """One block; also a row of the journal."""
 
-    _fields_ = [
+    _fields_: ClassVar = [
         ("address", C.c_uint64),
         ("size", C.c_uint64),
         ("mapped_begin", C.c_uint64),
@@ -67,7 +68,7 @@ class Block(C.Structure):
 
 
 class PoolId(C.Structure):
-    _fields_ = [("first", C.c_uint64), ("second", C.c_uint64)]
+    _fields_: ClassVar = [("first", C.c_uint64), ("second", C.c_uint64)]
 
 
 def library_path(options: Options) -> Path:
@@ -133,14 +134,14 @@ class Library:
             raise FenceError(f"The fence refuses its options: {self.last_error()}.")
 
     def last_error(self) -> str:
-        return self._native.glm_fence_last_error().decode(errors="replace")
+        return cast(bytes, self._native.glm_fence_last_error()).decode(errors="replace")
 
     def pointer(self, name: str) -> int:
         """Address of an exported function, as torch's set_..._fn take it."""
         return C.cast(getattr(self._native, name), C.c_void_p).value or 0
 
     def malloc(self, size: int, device: int = 0, stream: int | None = None) -> int | None:
-        return self._native.glm_fence_malloc(size, device, stream)
+        return cast("int | None", self._native.glm_fence_malloc(size, device, stream))
 
     def free(self, address: int | None, device: int = 0, stream: int | None = None) -> None:
         self._native.glm_fence_free(address, 0, device, stream)

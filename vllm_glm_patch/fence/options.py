@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -100,7 +100,7 @@ def _range(text: str) -> tuple[int, int]:
     return int(low), int(high)
 
 
-_PARSERS = {
+_PARSERS: dict[str, Callable[[str], object]] = {
     "align": int,
     "guard": str,
     "poison": str,

@@ -53,10 +53,8 @@ def read_stacks(path: Path) -> dict[int, list[str]]:
     stacks: dict[int, list[str]] = {}
     if not path.exists():
         return stacks
-    for line in path.read_text().splitlines():
-        try:
+    for line in path.read_text().splitlines(keepends=True):
+        if line.endswith("\n"):
             row = json.loads(line)
             stacks[row["stack"]] = row["frames"]
-        except (ValueError, KeyError):
-            continue
     return stacks

@@ -364,6 +364,7 @@ MOCK int mock_violations(char* text, size_t room) {
   snprintf(text, room, "%s", all.c_str());
   return int(violations.size());
 }
+MOCK int mock_capture_mode() { return capture_mode; }
 MOCK void mock_reset() {
   Lock lock(mutex);
   uses.clear();

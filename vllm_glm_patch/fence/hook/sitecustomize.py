@@ -3,15 +3,19 @@
 Then runs the sitecustomize that this one hides, if there is one.
 """
 
+# ruff: noqa: PTH100, PTH120
+# os.path, because every Python process runs this file at its start and pathlib would cost it milliseconds.
+
 import importlib.machinery
 import importlib.util
 import os
 import sys
+from types import ModuleType
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
 
 
-def _install_fence():
+def _install_fence() -> None:
     package_root = os.path.dirname(os.path.dirname(os.path.dirname(_HERE)))
     sys.path.append(package_root)  # last: another environment's Python finds its own packages first
     try:
@@ -25,7 +29,7 @@ class _AfterTorch:
     """Finds torch once, through the other finders, and installs the fence when torch's module has been run."""
 
     @classmethod
-    def find_spec(cls, name, path=None, target=None):
+    def find_spec(cls, name: str, path: object = None, target: object = None) -> "importlib.machinery.ModuleSpec | None":
         if name != "torch":
             return None
         sys.meta_path.remove(cls)
@@ -34,18 +38,18 @@ class _AfterTorch:
             return spec
         run = spec.loader.exec_module
 
-        def run_then_install(module):
+        def run_then_install(module: ModuleType) -> None:
             run(module)
             try:
                 _install_fence()
             except Exception as error:
                 print(f"vllm-glm-patch fence: not installed in process {os.getpid()}: {error}", file=sys.stderr)
 
-        spec.loader.exec_module = run_then_install
+        spec.loader.exec_module = run_then_install  # type: ignore[method-assign]
         return spec
 
 
-def _run_hidden_sitecustomize():
+def _run_hidden_sitecustomize() -> None:
     elsewhere = [entry for entry in sys.path if os.path.abspath(entry or os.curdir) != _HERE]
     spec = importlib.machinery.PathFinder.find_spec("sitecustomize", elsewhere)
     if spec is None or spec.loader is None:
