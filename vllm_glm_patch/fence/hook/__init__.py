@@ -1,0 +1,1 @@
+"""A package only so that the wheel carries sitecustomize.py; this folder is put on PYTHONPATH, never imported."""
