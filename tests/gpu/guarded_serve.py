@@ -3,13 +3,18 @@
 
     guarded_serve.py MODEL OUT.json [--flags "..."]      an affected vLLM and vllm_glm_patch on the Python path
 
-Three servers, one after the other: unpatched and guarded (dies on a step of 8192), patched and guarded (answers all),
-unpatched and not guarded (the greedy answers to compare with).
+Five servers, started one after the other on one card:
+  unpatched-guarded   dies on a step of 8192 tokens
+  patched-guarded     answers all
+  unpatched           nothing placed: the greedy answers to compare with
+  uncured-captured    the cure alone switched off, shape policy `captured`: refuses to start and names the kernel
+  uncured-kept        the same with shape policy `guarded`: answers all, no step has 8192 tokens
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
 import importlib.metadata
 import json
@@ -29,11 +34,11 @@ from typing import Any
 
 import children
 
-FLAGS = "--enable-chunked-prefill --max-num-batched-tokens 8192 --max-model-len 20000 --gpu-memory-utilization 0.5"
+FLAGS = "--enable-chunked-prefill --max-num-batched-tokens 8192 --max-model-len 20000 --gpu-memory-utilization 0.17"
 LENGTHS = (8190, 8191, 12000, 8193, 8192, 16384)
 TELLING = (
     "vllm-glm-patch", "  full-step", "  routing-ids", "  scale-over", "Warmed up", "illegal memory", "EngineDead",
-    "GPU KV cache size", "guard_scales_plugin", "failed",
+    "GPU KV cache size", "guard_scales_plugin", "failed", "The scheduler emits",
 )  # fmt: skip
 ENTRY = "[vllm.general_plugins]\nguard_scales = guard_scales_plugin:register\n"
 
@@ -141,19 +146,61 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--flags", default=FLAGS)
     parser.add_argument("--only", default="", help="names of servers to run, separated by commas")
+    parser.add_argument("--stagger", type=float, default=45, help="seconds between two starts: profiling must not overlap")
     arguments = parser.parse_args()
     logs = arguments.out.parent.resolve()
+    uncured = {"VLLM_GLM_PATCH_DISABLE": "scale-overread"}
     wanted = [
         ("unpatched-guarded", True, {"VLLM_GLM_PATCH": "0"}),
         ("patched-guarded", True, {}),
         ("unpatched", False, {"VLLM_GLM_PATCH": "0"}),
+        ("uncured-captured", True, {**uncured, "VLLM_GLM_PATCH_SHAPE_POLICY": "captured"}),
+        ("uncured-kept", True, {**uncured, "VLLM_GLM_PATCH_SHAPE_POLICY": "guarded"}),
     ]
+    wanted = [server for server in wanted if not arguments.only or server[0] in arguments.only.split(",")]
     result = {"vllm": importlib.metadata.version("vllm"), "flags": arguments.flags, **children.run(children.machine)}
-    result["servers"] = []
-    for name, guarded, environment in wanted:
-        if not arguments.only or name in arguments.only.split(","):
-            result["servers"].append(serve(name, arguments, guarded, environment, logs))
-            arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    with concurrent.futures.ThreadPoolExecutor(len(wanted)) as pool:
+        running = []
+        for name, guarded, environment in wanted:
+            running.append(pool.submit(serve, name, arguments, guarded, environment, logs))
+            time.sleep(arguments.stagger)
+        result["servers"] = [server.result() for server in running]
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    report(result)
+
+
+def report(result: dict[str, Any]) -> None:
+    """Print whether each server did what it should; the exit code is 1 if one did not."""
+    servers = {server["server"]: server for server in result["servers"]}
+
+    def outcomes(name: str) -> dict[int, str]:
+        return {length: answer["outcome"] for length, answer in servers[name].get("answers", {}).items()}
+
+    def tokens(name: str) -> dict[int, list[str]]:
+        return {length: answer.get("tokens", []) for length, answer in servers[name].get("answers", {}).items()}
+
+    all_answered = dict.fromkeys(LENGTHS, "answered")
+    checks: dict[str, bool] = {}
+    if "unpatched-guarded" in servers:
+        checks["unpatched dies, and not before a step of 8192"] = outcomes("unpatched-guarded") == {
+            8190: "answered",
+            8191: "answered",
+            12000: "died",
+        }
+    if "patched-guarded" in servers:
+        checks["patched answers all"] = outcomes("patched-guarded") == all_answered
+    if {"patched-guarded", "unpatched"} <= servers.keys():
+        checks["greedy answers with and without the patch are equal"] = tokens("patched-guarded") == tokens("unpatched")
+    if "uncured-captured" in servers:
+        log = " ".join(servers["uncured-captured"]["log"])
+        checks["captured without the cure refuses to start and names the kernel"] = (
+            "answers" not in servers["uncured-captured"] and "in cutlass_moe_mm" in log
+        )
+    if "uncured-kept" in servers:
+        checks["guarded without the cure answers all"] = outcomes("uncured-kept") == all_answered
+    for check, held in checks.items():
+        print(f"{'held' if held else 'NOT HELD'}: {check}")
+    sys.exit(0 if all(checks.values()) else 1)
 
 
 if __name__ == "__main__":

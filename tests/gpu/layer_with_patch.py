@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """vLLM's CUTLASS FP8 MoE layer with and without our patches: same bits for valid ids, what bad ids do, and the cost.
 
-    layer_with_patch.py OUT.json         with any vLLM 0.10.0 - 0.33.0 on the Python path
+    layer_with_patch.py OUT.json [checks|cost]       with any vLLM 0.10.0 - 0.33.0 on the Python path
 
 Each check runs in a child. Times are CUDA-graph replay medians, both sides alternating in one process.
 """
@@ -193,18 +193,27 @@ def cost(tokens: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    if len(sys.argv) != 2:
+    if len(sys.argv) not in (2, 3):
         sys.exit(__doc__)
+    which = sys.argv[2] if len(sys.argv) == 3 else "checks cost"
     _module()
     result: dict[str, Any] = {"vllm": importlib.metadata.version("vllm"), **children.run(children.machine)}
+    if "checks" in which:
+        result |= checks()
+    if "cost" in which:
+        result["cost"] = [_show(children.run(lambda: cost(t))) for t in TOKENS]  # noqa: B023
+    Path(sys.argv[1]).write_text(json.dumps(result, indent=1) + "\n")
+
+
+def checks() -> dict[str, Any]:
+    result: dict[str, Any] = {}
     result["same_bits"] = [_show(children.run(lambda: same_bits(t))) for t in TOKENS]  # noqa: B023
     result["bad_ids"] = []
     for patched in (False, True):
         for tokens, share in ((64, 0.001), (64, 0.3), (8192, 0.00001), (8192, 0.1)):
             row = children.run(lambda: bad_ids(tokens, patched, share))  # noqa: B023
             result["bad_ids"].append(_show({"patched": patched, "share": share, **row}))
-    result["cost"] = [_show(children.run(lambda: cost(t))) for t in TOKENS]  # noqa: B023
-    Path(sys.argv[1]).write_text(json.dumps(result, indent=1) + "\n")
+    return result
 
 
 def _show(row: dict[str, Any]) -> dict[str, Any]:

@@ -183,11 +183,11 @@ def _varied_inputs(worker: Any, probe: full_step_probe.Probe) -> Iterator[None]:
     hooks += [gate.register_forward_hook(watch) for gate in _routers(model)]
     try:
         yield
+        for tensor, before in touched:  # not after a fault: the device would only repeat it, in the place of its cause
+            tensor.copy_(before)
     finally:
         for hook in hooks:
             hook.remove()
-        for tensor, before in touched:
-            tensor.copy_(before)
 
 
 def _randomise(tensor: Any, vocabulary: int, touched: list[tuple[Any, Any]]) -> None:
