@@ -66,6 +66,17 @@ def test_an_old_core_dump_is_not_reported_again(options: Options) -> None:
     assert command.run(python("pass"), options) == 0
 
 
+def test_a_directory_of_its_own_is_removed_where_nothing_faulted(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    mark = tmp_path / "seen"
+    code = f"import os; open({str(mark)!r}, 'w').write(os.environ['VLLM_GLM_PATCH_FENCE_DIRECTORY'])"
+    assert command.run(python(code), Options(library=options.library)) == 0
+    assert Path(mark.read_text()).parent == tmp_path
+    assert not Path(mark.read_text()).exists()
+
+
 def test_a_missing_library_is_said_before_the_command_runs(tmp_path: Path) -> None:
     with pytest.raises(FenceError, match=r"nowhere\.so"):
         command.run(python(f"open({str(tmp_path / 'ran')!r}, 'w')"), Options(library=str(tmp_path / "nowhere.so")))

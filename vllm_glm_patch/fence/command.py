@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -56,7 +57,8 @@ def run(command: list[str], options: Options | None = None, rerun: bool = False)
     options = options or Options()
     if not library_path(options).exists():
         raise FenceError(f"{library_path(options)} is missing; reinstall vllm-glm-patch from its wheel.")
-    if options.directory:
+    own_directory = not options.directory
+    if not own_directory:
         Path(options.directory).mkdir(parents=True, exist_ok=True)
     else:
         options = replace(options, directory=tempfile.mkdtemp(prefix="glm-fence-"))
@@ -66,6 +68,8 @@ def run(command: list[str], options: Options | None = None, rerun: bool = False)
     if reports:
         (directory / "report.json").write_text(json.dumps([one.as_dict() for one in reports], indent=2) + "\n")
         print(f"fence: report, core dumps and lists of blocks are in {directory}", file=sys.stderr)
+    elif own_directory:
+        shutil.rmtree(directory, ignore_errors=True)
     if reports and rerun and cuda_gdb() is None:
         _find_by_rerun(command, options, reports[0])
     return code or int(bool(reports))
