@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 from . import installation
 from .log import follow_vllm, logger
-from .settings import Settings
+from .settings import PREFIX, Settings
 
 
 def register() -> None:
@@ -14,6 +16,10 @@ def register() -> None:
         UserError, StrictRefusal: as `installation.install`; vLLM then does not start.
     """
     follow_vllm()
+    if os.environ.get(f"{PREFIX}_FENCE"):
+        from . import fence
+
+        fence.install_from_environment()
     settings = Settings.from_environment()
     if not settings.enabled:
         logger.info("VLLM_GLM_PATCH=0: vLLM runs unpatched.")

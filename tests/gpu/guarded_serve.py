@@ -73,10 +73,10 @@ class Server:
                 time.sleep(0.5)
         raise RuntimeError(f"the server was not ready after {seconds} s; see {self.log}")
 
-    def ask(self, prompt: list[int], model: str) -> dict[str, Any]:
+    def ask(self, prompt: list[int], model: str, answer: int = 8) -> dict[str, Any]:
         """The greedy answer to a prompt of token ids, or what went wrong."""
-        body = {"model": model, "prompt": prompt, "max_tokens": 8, "temperature": 0, "logprobs": 1}
-        body["return_tokens_as_token_ids"] = True
+        body = {"model": model, "prompt": prompt, "max_tokens": answer, "temperature": 0, "logprobs": 1}
+        body |= {"return_tokens_as_token_ids": True, "ignore_eos": True}
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )

@@ -1,0 +1,90 @@
+#!/usr/bin/env python3
+"""`vllm serve` under the fence with PyTorch's own rounding (--align 512), nothing else changed.
+
+    fenced_serve.py MODEL OUT.json SERVER [SERVER ...] [--lengths 8191,8190,8192] [--flags "..."]
+
+SERVER is a name and its environment: `upstream:VLLM_GLM_PATCH=0`, `patched`. A server named plain-... has no fence.
+Writes answers, start-up time, tokens a second of a short decode, and the fence's report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import importlib.metadata
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import children
+from guarded_serve import FLAGS, TELLING, Server, prompt_of
+
+from vllm_glm_patch.fence import Options, command
+
+
+def serve(text: str, arguments: argparse.Namespace, logs: Path) -> dict[str, Any]:
+    name, _, settings = text.partition(":")
+    environment = dict(pair.split("=", 1) for pair in settings.split(",") if pair)
+    folder = logs / f"fence-{name}"
+    if not name.startswith("plain"):
+        folder.mkdir(exist_ok=True)
+        options = Options(align=512, stacks=True, directory=str(folder))
+        fenced = command.environment(options, os.environ)
+        environment = {**{k: v for k, v in fenced.items() if os.environ.get(k) != v}, **environment}
+    server = Server(name, arguments.model, arguments.flags, environment, logs)
+    row: dict[str, Any] = {"server": name, "fence": not name.startswith("plain"), "command": server.command, "answers": {}}
+    try:
+        row["start_seconds"] = round(server.wait_until_ready(400), 1)
+        for length in map(int, arguments.lengths.split(",")):
+            row["answers"][length] = server.ask(prompt_of(length), arguments.model)
+            print(name, length, row["answers"][length], flush=True)
+            if row["answers"][length]["outcome"] == "died":
+                break
+        else:
+            started = time.time()
+            server.ask(prompt_of(1001), arguments.model, 200)
+            row["decode_tokens_per_second"] = round(200 / (time.time() - started), 1)
+    except RuntimeError as error:
+        row["error"] = str(error)
+    finally:
+        if row["answers"] and list(row["answers"].values())[-1]["outcome"] == "died":
+            time.sleep(15)  # the driver writes the core dump
+        server.stop()
+    row["log"] = server.lines(*TELLING)
+    row["reports"] = [_report(core) for core in sorted(folder.glob("core-*"))]
+    print(*row["log"], *[r["text"] for r in row["reports"]], sep="\n", flush=True)
+    return row
+
+
+def _report(core: Path) -> dict[str, Any]:
+    from vllm_glm_patch.fence.report import report
+
+    found = report(core)
+    return {"text": found.text(), **found.as_dict()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("servers", nargs="+")
+    parser.add_argument("--flags", default=FLAGS)
+    parser.add_argument("--lengths", default="8191,8190,8192,8193,12000,16384")
+    parser.add_argument("--stagger", type=float, default=60)
+    arguments = parser.parse_args()
+    logs = arguments.out.parent.resolve()
+    result = {"vllm": importlib.metadata.version("vllm"), "flags": arguments.flags, **children.run(children.machine)}
+    with concurrent.futures.ThreadPoolExecutor(len(arguments.servers)) as pool:
+        running = []
+        for text in arguments.servers:
+            running.append(pool.submit(serve, text, arguments, logs))
+            time.sleep(arguments.stagger)
+        result["servers"] = [one.result() for one in running]
+    arguments.out.write_text(json.dumps(result, indent=1, default=str) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
