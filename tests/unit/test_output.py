@@ -26,3 +26,8 @@ def test_drawn_has_every_cell_as_it_is(capsys: pytest.CaptureFixture[str]) -> No
 def test_a_range_is_written_from_its_oldest_release_on() -> None:
     assert version_range(SpecifierSet("<0.20.0,>=0.10.0")) == ">=0.10.0, <0.20.0"
     assert version_range(SpecifierSet("!=0.17.*,>=0.9")) == ">=0.9, !=0.17.*"
+
+
+def test_drawn_keeps_all_of_a_table_with_one_long_column(capsys: pytest.CaptureFixture[str]) -> None:
+    show(Table("", ("",), [("word " * 60,)]), plain=False)
+    assert capsys.readouterr().out.count("word") == 60

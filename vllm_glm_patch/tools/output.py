@@ -50,7 +50,7 @@ def show(table: Table, *, plain: bool | None = None) -> None:
 
     drawn = Drawn(title=Text(table.title), title_justify="left", show_header=any(table.columns))
     for index, column in enumerate(table.columns):
-        drawn.add_column(column, no_wrap=index == 0)
+        drawn.add_column(column, no_wrap=index == 0 and len(table.columns) > 1, overflow="fold")
     for row in table.rows:
         drawn.add_row(*(Text(cell) for cell in row))
     Console().print(drawn)
