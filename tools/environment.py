@@ -148,20 +148,20 @@ def _run(what: str, command: Sequence[str | Path]) -> None:
     """One step: say it, run it, say how long it took."""
     started = time.monotonic()
     live = sys.stdout.isatty()
-    print(f"{what} ...", end="" if live else "\n", flush=True)
+    print(what, end="", flush=True)
     session = Session(command, LOG)
     said = started
     try:
         while session.wait(0.5) is None:
             now = time.monotonic()
             if live:
-                print(f"\r{what} ... {now - started:3.0f} s", end="", flush=True)
+                print(f"\r{what} ... {now - started:.0f} s", end="", flush=True)
             elif now - said >= _SAY_EVERY:
                 said = now
-                print(f"  {now - started:.0f} s: {session.last_lines(1).strip()[:100]}", flush=True)
+                print(f" ... {now - started:.0f} s", end="", flush=True)
     finally:
         session.stop()
-    print(f"{chr(13) if live else ''}{what} ... done in {time.monotonic() - started:.0f} s", flush=True)
+    print(f"{f'{chr(13)}{what}' if live else ''} ... {time.monotonic() - started:.0f} s", flush=True)
     if session.exit_code() != 0:
         raise SetUpFailed(
             f"{what} failed (exit code {session.exit_code()}). The end of {LOG}:\n{session.last_lines(15)}\n"

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
-_GRACE = 20.0  # seconds that a server has to leave by itself; vLLM takes 2 to 4
+_GRACE = 5.0  # seconds to leave by itself: vLLM takes less than one once it serves, and never while it starts
 _POLL = 0.1
 
 
