@@ -1,5 +1,5 @@
 # make demo: the whole thing on this machine's CPU.  make test: everything that is checked.  Both set up .venv first.
-PYTHON ?= $(or $(shell command -v python3.11),python3)
+PYTHON ?= $(or $(shell command -v python3.11 2>/dev/null),python3)
 VENV := .venv/bin
 
 # One plain command a line: make runs those without a shell between, so a signal to make reaches them.

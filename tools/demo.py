@@ -7,6 +7,7 @@ Exit codes: 0 everything was answered; 1 something was not; 130 and 143 stopped 
 
 from __future__ import annotations
 
+import argparse
 import re
 import shutil
 import sys
@@ -33,9 +34,12 @@ console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 def main() -> int:
     """Run the demonstration; the exit code of the process."""
+    parser = argparse.ArgumentParser(prog="tools.demo", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="where model and logs go; emptied first [default: .demo]")
+    folder = parser.parse_args().folder.absolute()
     try:
         with interruptible():
-            demonstrate()
+            demonstrate(folder)
     except ServerFailed as error:
         console.print(f"[bold red]Failed.[/] {escape(str(error))}", soft_wrap=True)
         return 1
@@ -45,18 +49,18 @@ def main() -> int:
     return 0
 
 
-def demonstrate() -> None:
-    """Make a model, serve it, ask, and show what came back.
+def demonstrate(folder: Path) -> None:
+    """Make a model in `folder`, serve it, ask, and show what came back.
 
     Raises:
         ServerFailed: something was not answered.
     """
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    FOLDER.mkdir()
-    model = FOLDER / "model"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    model = folder / "model"
     with _doing("Making a tiny GLM-4.6"):
-        write_tiny_model(model, FOLDER / "model.log")
-    with Server(model, FOLDER) as server:
+        write_tiny_model(model, folder / "model.log")
+    with Server(model, folder) as server:
         console.print(f"The log of the server is {server.log}", soft_wrap=True)
         with _doing("Starting vllm serve, which takes about a minute") as tick:
             server.wait_until_ready(tick)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -13,10 +14,12 @@ from types import FrameType
 
 _GRACE = 5.0  # seconds to leave by itself: vLLM takes less than one once it serves, and never while it starts
 _POLL = 0.1
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM came. Like KeyboardInterrupt, it is no Exception."""
+    """SIGINT, SIGTERM or SIGHUP came. Like KeyboardInterrupt, it is no Exception."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -25,14 +28,14 @@ class Interrupted(BaseException):
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Turn the first SIGINT or SIGTERM into `Interrupted`; later ones are ignored, so that cleaning up ends."""
+    """Turn the first SIGINT, SIGTERM or SIGHUP into `Interrupted`; later ones are ignored, so that cleaning up ends."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        for other in (signal.SIGINT, signal.SIGTERM):
+        for other in _STOPPING:
             signal.signal(other, signal.SIG_IGN)
         raise Interrupted(number)
 
-    before = [(number, signal.signal(number, interrupt)) for number in (signal.SIGINT, signal.SIGTERM)]
+    before = [(number, signal.signal(number, interrupt)) for number in _STOPPING]
     try:
         yield
     finally:
@@ -48,6 +51,7 @@ class Session:
     ) -> None:
         """Start `command`; what it prints goes to `log`, added at its end."""
         self.log = log
+        _adopt_orphans()
         # Not `with Popen(...)`: its exit would wait for the command.
         with log.open("ab") as output:
             self._process = subprocess.Popen(
@@ -73,20 +77,33 @@ class Session:
 
     def members(self) -> list[int]:
         """The processes of the session that are alive."""
-        running = (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
-        return [pid for pid in running if _session_of(pid) == self.pid]
+        return [pid for pid, state in self._everyone() if state not in "ZX"]
 
     def stop(self) -> None:
         """Ask the command to leave, then end whatever is left of its session. Returns once nothing is."""
         if self.exit_code() is None:
             self._process.send_signal(signal.SIGTERM)
             self.wait(_GRACE)
-        while members := self.members():
-            for pid in members:
+        while everyone := self._everyone():
+            for pid, _ in everyone:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
+                if pid != self.pid:
+                    with contextlib.suppress(ChildProcessError):
+                        os.waitpid(pid, os.WNOHANG)
             self._process.poll()
             time.sleep(_POLL)
+
+    def _everyone(self) -> list[tuple[int, str]]:
+        """Process id and state of all of the session, but for the dead whose parent is another: that one buries them."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                if entry.name.isdigit():
+                    state, parent, _group, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+                    if int(session) == self.pid and (state not in "ZX" or int(parent) == os.getpid()):
+                        found.append((int(entry.name), state))
+        return found
 
     def last_lines(self, count: int) -> str:
         """The end of the log."""
@@ -94,10 +111,6 @@ class Session:
         return "\n".join(lines[-count:])
 
 
-def _session_of(pid: int) -> int | None:
-    """The session a live process belongs to; None for one that has ended, also if nobody waited for it yet."""
-    try:
-        state, _parent, _group, session = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:4]
-    except OSError:
-        return None
-    return None if state in "ZX" else int(session)
+def _adopt_orphans() -> None:
+    """Become the parent of children's children that outlive them, so that they can be buried and not only ended."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
