@@ -33,10 +33,9 @@ class Card:
 class Pairs:
     """The path of a handful of tokens (triton/pairs.py)."""
 
-    columns1: int = 4
-    block_k: int = 1024
-    warps1: int = 4
-    columns2: int = 16
+    columns1: int = 2
+    warps1: int = 8
+    columns2: int = 4
     warps2: int = 4
 
 
@@ -75,6 +74,17 @@ class Gemm2:
     stages: int = 2
     programs: int = 3  # fused: programs per multiprocessor
 
+    def __post_init__(self) -> None:
+        """ValueError on what the kernels cannot do."""
+        if self.kind == "fused" and self.slots < 2:
+            raise ValueError(f"fused GEMM2 needs 2 slots of partials or more, got {self.slots}: it would wait for itself")
+        if self.kind == "fused" and (self.slice < 16 or self.slice & (self.slice - 1) or self.slice % self.strip):
+            raise ValueError(f"fused GEMM2 needs a slice that is a power of two and holds whole strips, got {self.slice}")
+        if self.kind != "loop" and self.strip % self.block_n:
+            raise ValueError(f"a strip of {self.strip} columns is not a whole number of tiles of {self.block_n}")
+        if self.slice % self.block_n or (self.kind != "loop" and self.slice % self.strip):
+            raise ValueError(f"a slice of {self.slice} columns is not a whole number of tiles or strips")
+
 
 @dataclass(frozen=True)
 class Sum:
@@ -108,7 +118,7 @@ class Config:
         return Config(**{key: parts[key](**value) if key in parts else value for key, value in data.items()})
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def read_card(index: int | None) -> Card:
     """The CUDA device of that index, or for None a stand-in with H100's limits (Triton's interpreter on CPU)."""
     if index is None:
@@ -137,7 +147,7 @@ def fits_resident(intermediate_size: int) -> bool:
     return 32 <= intermediate_size <= 512
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def tables() -> tuple[dict[str, Any], ...]:
     """All tables of this installation."""
     return tuple(json.loads(path.read_text()) for path in sorted(TABLES.glob("*.json")))
@@ -170,14 +180,12 @@ def default_config(problem: Problem, card: Card) -> Config:
     resident = fits_resident(problem.intermediate_size)
     if problem.tokens <= 2:
         wide = power_of_two(problem.intermediate_size)
-        return Config(path="pairs", pairs=Pairs(columns2=max(1, min(16, 4096 // wide))))
+        return Config(path="pairs", pairs=Pairs(columns2=max(1, min(4, 1024 // wide))))
     if density <= 24:
         block_m = 16 if density <= 8 else 32
         gemm1 = Gemm1("stream", block_m, 64, 128, 4, 4, 4)
         if resident:
-            gemm2 = Gemm2(
-                "resident", block_m, 64, 64, strip=512, slice=0, swap=True, requantise=False, warps=4, stages=3
-            )
+            gemm2 = Gemm2("resident", block_m, 64, 64, strip=512, slice=0, swap=True, requantise=False, warps=4, stages=3)
         else:
             gemm2 = Gemm2("loop", block_m, 64, 128, slice=0, swap=True, warps=4, stages=4)
         return Config(gemm1=gemm1, gemm2=gemm2)
@@ -191,9 +199,7 @@ def default_config(problem: Problem, card: Card) -> Config:
         gemm2 = Gemm2("loop", block_m, 128, 128, slice=slice_width, warps=4 if block_m == 64 else 8, stages=4)
     config = Config(gemm1=gemm1, gemm2=gemm2)
     while config.gemm1.stages > 2 and shared_memory_of(config.gemm1) > card.shared_memory:
-        config = Config(
-            gemm1=Gemm1(**{**asdict(config.gemm1), "stages": config.gemm1.stages - 1}), gemm2=config.gemm2
-        )
+        config = Config(gemm1=Gemm1(**{**asdict(config.gemm1), "stages": config.gemm1.stages - 1}), gemm2=config.gemm2)
     return config
 
 

@@ -43,9 +43,7 @@ class Inputs:
         )
 
 
-def make_weights(
-    problem: Problem, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def make_weights(problem: Problem, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """w13, w2 in FP8 and their channel scales, as a quantiser makes them: normal weights, each channel's amax at 448.
 
     Built expert by expert, so the peak of memory stays near the size of the result.

@@ -89,9 +89,7 @@ def workspace_bytes(problem: Problem, device: torch.device | str | None = None) 
     return max(needs, default=0)
 
 
-def run(
-    problem: Problem, config: Config, card: Card, tensors: Tensors, workspace: torch.Tensor
-) -> None:
+def run(problem: Problem, config: Config, card: Card, tensors: Tensors, workspace: torch.Tensor) -> None:
     """Run one pass with an explicit configuration: what the tuner and the tests call."""
     Pass(problem, config, tensors, workspace, card.multiprocessors).run()
 
@@ -175,9 +173,7 @@ def problem_of(
     return Problem(tokens, hidden, width, experts, global_experts, topk_ids.shape[1])
 
 
-def _fused_moe_fp8_out(
-    hidden_states, w13, w2, w13_scale, w2_scale, topk_weights, topk_ids, expert_map, out, workspace
-) -> None:
+def _fused_moe_fp8_out(hidden_states, w13, w2, w13_scale, w2_scale, topk_weights, topk_ids, expert_map, out, workspace) -> None:
     whole = problem_of(hidden_states, w13, w2, w13_scale, w2_scale, topk_weights, topk_ids, expert_map)
     _require(
         out.shape == hidden_states.shape and out.dtype == torch.bfloat16 and out.is_contiguous(),
@@ -207,19 +203,13 @@ def _fused_moe_fp8_out(
     _require(workspace.data_ptr() % 16 == 0, "workspace must start at a multiple of 16 bytes (256 for full speed)")
     for first, part, config in passes:
         rows = slice(first, first + part.tokens)
-        tensors = Tensors(
-            hidden_states[rows], w13, w2, *scales, topk_weights[rows], topk_ids[rows], expert_map, out[rows]
-        )
+        tensors = Tensors(hidden_states[rows], w13, w2, *scales, topk_weights[rows], topk_ids[rows], expert_map, out[rows])
         run(part, config, card, tensors, workspace)
 
 
-def _fused_moe_fp8(
-    hidden_states, w13, w2, w13_scale, w2_scale, topk_weights, topk_ids, expert_map
-) -> torch.Tensor:
+def _fused_moe_fp8(hidden_states, w13, w2, w13_scale, w2_scale, topk_weights, topk_ids, expert_map) -> torch.Tensor:
     out = torch.empty(hidden_states.shape, dtype=torch.bfloat16, device=hidden_states.device)
-    _fused_moe_fp8_out(
-        hidden_states, w13, w2, w13_scale, w2_scale, topk_weights, topk_ids, expert_map, out, None
-    )
+    _fused_moe_fp8_out(hidden_states, w13, w2, w13_scale, w2_scale, topk_weights, topk_ids, expert_map, out, None)
     return out
 
 
@@ -234,7 +224,5 @@ def _fake(hidden_states, w13, w2, w13_scale, w2_scale, topk_weights, topk_ids, e
 
 
 @torch.library.register_fake("vllm_glm_patch::fused_moe_fp8_out", lib=_library)
-def _fake_out(
-    hidden_states, w13, w2, w13_scale, w2_scale, topk_weights, topk_ids, expert_map, out, workspace
-):
+def _fake_out(hidden_states, w13, w2, w13_scale, w2_scale, topk_weights, topk_ids, expert_map, out, workspace):
     return None

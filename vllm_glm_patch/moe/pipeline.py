@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -32,12 +34,32 @@ class Tensors:
     out: torch.Tensor
 
 
+Launch = Callable[..., Any]
+
+
+def launch_now(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """Start a kernel on the current stream."""
+    kernel[grid](*arguments, **options)
+
+
+def compile_only(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> Any:
+    """Compile a kernel into Triton's cache, for arguments that may have no memory (meta tensors)."""
+    return kernel.warmup(*arguments, grid=grid, **options)
+
+
 class Pass:
     """One pass: views into the workspace and a method for each step. `run` calls them in order."""
 
     def __init__(
-        self, problem: Problem, config: Config, tensors: Tensors, workspace: torch.Tensor, multiprocessors: int
+        self,
+        problem: Problem,
+        config: Config,
+        tensors: Tensors,
+        workspace: torch.Tensor,
+        multiprocessors: int,
+        launch: Launch = launch_now,
     ) -> None:
+        self.launch = launch
         self.problem, self.config, self.t = problem, config, tensors
         self.multiprocessors = multiprocessors
         plan: Layout = layout(problem, config)
@@ -71,7 +93,7 @@ class Pass:
         for _, step in self.steps():
             step()
 
-    def steps(self):
+    def steps(self) -> list[tuple[str, Callable[[], None]]]:
         """(name, launch) of each step, in order; benchmarks time them one by one."""
         if self.config.path == "pairs":
             return [("gemm1", self.pair_gemm1), ("gemm2", self.pair_gemm2)]
@@ -84,7 +106,9 @@ class Pass:
     def pair_gemm1(self) -> None:
         p, c, t = self.problem, self.config.pairs, self.t
         grid = (p.pairs, -(-p.intermediate_size // c.columns1))
-        pair_gemm1_kernel[grid](
+        self.launch(
+            pair_gemm1_kernel,
+            grid,
             t.hidden,
             t.w13,
             t.w13_scale,
@@ -97,7 +121,6 @@ class Pass:
             INTERMEDIATE=p.intermediate_size,
             TOP_K=p.top_k,
             COLUMNS=c.columns1,
-            BLOCK_K=c.block_k,
             num_warps=c.warps1,
             **self.routing_constants,
         )
@@ -105,7 +128,9 @@ class Pass:
     def pair_gemm2(self) -> None:
         p, c, t = self.problem, self.config.pairs, self.t
         grid = (p.tokens, -(-p.hidden_size // c.columns2))
-        pair_gemm2_kernel[grid](
+        self.launch(
+            pair_gemm2_kernel,
+            grid,
             self._view("act", torch.bfloat16),
             t.w2,
             t.w2_scale,
@@ -118,6 +143,7 @@ class Pass:
             INTERMEDIATE=p.intermediate_size,
             WIDTH_BLOCK=power_of_two(p.intermediate_size),
             TOP_K=p.top_k,
+            CHOICES=power_of_two(p.top_k),
             COLUMNS=c.columns2,
             num_warps=c.warps2,
             **self.routing_constants,
@@ -131,7 +157,9 @@ class Pass:
         width = {"WIDTH": p.hidden_size, "WIDTH_BLOCK": power_of_two(p.hidden_size)}
         if p.pairs <= routing.SMALL_PAIRS:
             block = max(16, power_of_two(p.pairs))
-            routing.prologue_small_kernel[(p.tokens + 1,)](
+            self.launch(
+                routing.prologue_small_kernel,
+                (p.tokens + 1,),
                 t.hidden,
                 self.quantised,
                 self.token_scales,
@@ -153,7 +181,9 @@ class Pass:
             )
             return
         chunks = -(-p.pairs // routing.CHUNK)
-        routing.prologue_kernel[(chunks + p.tokens,)](
+        self.launch(
+            routing.prologue_kernel,
+            (chunks + p.tokens,),
             t.hidden,
             self.quantised,
             self.token_scales,
@@ -169,7 +199,9 @@ class Pass:
             **width,
             **self.routing_constants,
         )
-        routing.scan_kernel[(1,)](
+        self.launch(
+            routing.scan_kernel,
+            (1,),
             self.histogram,
             self.tiles,
             self.counts,
@@ -181,7 +213,9 @@ class Pass:
             num_warps=8,
             **blocks,
         )
-        routing.place_kernel[(-(-p.pairs // routing.PLACE),)](
+        self.launch(
+            routing.place_kernel,
+            (-(-p.pairs // routing.PLACE),),
             self.local_ids,
             self.histogram,
             self.rows,
@@ -191,7 +225,7 @@ class Pass:
             BINS=bins,
             CHUNK=routing.CHUNK,
             PLACE=routing.PLACE,
-            STRIP=64,
+            STRIP=16,
             num_warps=4,
         )
 
@@ -203,7 +237,9 @@ class Pass:
         launch = {"num_warps": c.warps, "num_stages": c.stages}
         if c.kind == "row":
             low, high = split_width(p.intermediate_size)
-            gemm1_row_kernel[(tiles,)](
+            self.launch(
+                gemm1_row_kernel,
+                (tiles,),
                 self.quantised,
                 self.token_scales,
                 t.w13,
@@ -220,7 +256,9 @@ class Pass:
             )
             return
         kernel = gemm1_stream_kernel if c.kind == "stream" else gemm1_tile_kernel
-        kernel[(tiles * -(-p.intermediate_size // c.block_n),)](
+        self.launch(
+            kernel,
+            (tiles * -(-p.intermediate_size // c.block_n),),
             self.quantised,
             self.token_scales,
             t.w13,
@@ -238,7 +276,9 @@ class Pass:
     def requantise(self) -> None:
         p = self.problem
         block = power_of_two(p.intermediate_size)
-        quantise_rows_kernel[(p.pairs,)](
+        self.launch(
+            quantise_rows_kernel,
+            (p.pairs,),
             self._view("act", torch.bfloat16),
             self._view("act_quantised", torch.float8_e4m3fn),
             self.act_scales,
@@ -260,7 +300,7 @@ class Pass:
             self._gemm2_slice(start, wide)
             self._sum_slice(start, wide)
 
-    def _gemm2_operands(self):
+    def _gemm2_operands(self) -> tuple[bool, tuple[torch.Tensor, ...]]:
         t = self.t
         quantised = self.config.gemm1.kind == "row" or needs_requantise(self.config)
         act = self._view("act_quantised", torch.float8_e4m3fn) if quantised else self._view("act", torch.bfloat16)
@@ -273,7 +313,9 @@ class Pass:
         common = (self.rows, self.tiles[3 * self.max_tiles :], self.counts, self.max_tiles, self.t.w2.stride(0))
         shape = {"HIDDEN": p.hidden_size, "INTERMEDIATE": p.intermediate_size}
         if c.kind == "loop":
-            gemm2_loop_kernel[(tiles * -(-width // c.block_n),)](
+            self.launch(
+                gemm2_loop_kernel,
+                (tiles * -(-width // c.block_n),),
                 *operands,
                 *common,
                 start,
@@ -289,7 +331,9 @@ class Pass:
             )
             return
         low, high = split_width(p.intermediate_size)
-        gemm2_kernel[(tiles * -(-width // c.strip),)](
+        self.launch(
+            gemm2_kernel,
+            (tiles * -(-width // c.strip),),
             *operands,
             *common,
             start,
@@ -309,7 +353,9 @@ class Pass:
     def _sum_slice(self, start: int, width: int) -> None:
         p, c = self.problem, self.config.sum
         grid = (-(-p.tokens // c.block_t) * -(-width // c.block_c),)
-        sum_kernel[grid](
+        self.launch(
+            sum_kernel,
+            grid,
             self.partial,
             self.local_ids,
             self.t.out,
@@ -321,6 +367,7 @@ class Pass:
             TOP_K=p.top_k,
             BLOCK_T=c.block_t,
             BLOCK_C=c.block_c,
+            EXACT=width % c.block_c == 0,
             num_warps=c.warps,
         )
 
@@ -329,7 +376,9 @@ class Pass:
         quantised, operands = self._gemm2_operands()
         low, high = split_width(p.intermediate_size)
         width = slice_of(p, self.config)
-        gemm2_sum_kernel[(self.multiprocessors * c.programs,)](
+        self.launch(
+            gemm2_sum_kernel,
+            (self.multiprocessors * c.programs,),
             *operands,
             self.local_ids,
             self.t.out,
@@ -340,7 +389,6 @@ class Pass:
             p.tokens,
             self.max_tiles,
             self.t.w2.stride(0),
-            p.pairs * width,
             HIDDEN=p.hidden_size,
             INTERMEDIATE=p.intermediate_size,
             EXPERTS=p.experts,

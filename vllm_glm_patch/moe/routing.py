@@ -33,16 +33,14 @@ def max_tiles(pairs: int, experts: int, block_m: int) -> int:
 
 
 @triton.jit
-def write_tiles(
-    tiles, max_tiles, totals, starts, BLOCK_M: tl.constexpr, EXPERTS: tl.constexpr, BINS: tl.constexpr
-):
+def write_tiles(tiles, max_tiles, totals, starts, BLOCK_M: tl.constexpr, EXPERTS: tl.constexpr, BINS: tl.constexpr):
     """List the tiles of every expert in order; returns how many there are."""
     expert = tl.arange(0, BINS)
     rows = tl.where(expert < EXPERTS, totals, 0)
     wanted = (rows + BLOCK_M - 1) // BLOCK_M
     first = tl.cumsum(wanted, axis=0) - wanted
     most = tl.max(wanted, axis=0)
-    for j in range(0, most):
+    for j in range(most):
         has = j < wanted
         tl.store(tiles + first + j, expert, mask=has)
         tl.store(tiles + max_tiles + first + j, starts + j * BLOCK_M, mask=has)
@@ -67,9 +65,7 @@ def finish(
     starts = tl.cumsum(totals, axis=0) - totals
     tl.store(counts, tl.sum(tl.where(expert < EXPERTS, totals, 0), axis=0))
     tl.store(counts + 1, write_tiles(tiles, max_tiles, totals, starts, BLOCK_M1, EXPERTS, BINS))
-    tl.store(
-        counts + 2, write_tiles(tiles + 3 * max_tiles, max_tiles, totals, starts, BLOCK_M2, EXPERTS, BINS)
-    )
+    tl.store(counts + 2, write_tiles(tiles + 3 * max_tiles, max_tiles, totals, starts, BLOCK_M2, EXPERTS, BINS))
     tl.store(counts + 3, 0)
     tl.store(counts + 4 + tl.arange(0, DONE), tl.zeros((DONE,), tl.int32))
     return starts

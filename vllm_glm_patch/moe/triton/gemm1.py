@@ -108,9 +108,7 @@ def gemm1_tile_kernel(
             BLOCK_N,
             BLOCK_K,
         )
-        y = activate(
-            gate, up, token_scale, w13_scales + expert * (2 * INTERMEDIATE), first_column, INTERMEDIATE, BLOCK_N
-        )
+        y = activate(gate, up, token_scale, w13_scales + expert * (2 * INTERMEDIATE), first_column, INTERMEDIATE, BLOCK_N)
         column = first_column + tl.arange(0, BLOCK_N)
         where = act + (first_row + m).to(tl.int64)[:, None] * INTERMEDIATE + column[None, :]
         tl.store(where, y.to(tl.bfloat16), mask=(m < size)[:, None] & (column < INTERMEDIATE)[None, :])
@@ -156,9 +154,7 @@ def gemm1_row_kernel(
         low = tl.zeros((BLOCK_M, 2 * LOW), tl.float32)
         if HIGH > 0:
             i = tl.arange(0, 2 * HIGH)
-            high_rows = (
-                weights + (tl.minimum(LOW + i // 2, INTERMEDIATE - 1) + (i % 2) * INTERMEDIATE).to(tl.int64) * HIDDEN
-            )
+            high_rows = weights + (tl.minimum(LOW + i // 2, INTERMEDIATE - 1) + (i % 2) * INTERMEDIATE).to(tl.int64) * HIDDEN
             high = tl.zeros((BLOCK_M, 2 * HIGH), tl.float32)
         for k0 in range(0, HIDDEN, BLOCK_K):
             if HIDDEN % BLOCK_K == 0:
@@ -171,9 +167,7 @@ def gemm1_row_kernel(
                 a = tl.load(token_rows[:, None] + (k0 + k)[None, :], mask=inside, other=0.0)
                 low = tl.dot(a, tl.trans(tl.load(low_rows[:, None] + (k0 + k)[None, :], mask=inside, other=0.0)), low)
                 if HIGH > 0:
-                    high = tl.dot(
-                        a, tl.trans(tl.load(high_rows[:, None] + (k0 + k)[None, :], mask=inside, other=0.0)), high
-                    )
+                    high = tl.dot(a, tl.trans(tl.load(high_rows[:, None] + (k0 + k)[None, :], mask=inside, other=0.0)), high)
         token_scale = tl.load(token_scales + token)
         channel_scales = w13_scales + expert * (2 * INTERMEDIATE)
         low_gate, low_up = tl.split(tl.reshape(low, (BLOCK_M, LOW, 2)))
@@ -250,9 +244,7 @@ def gemm1_stream_kernel(
                 inside = (k0 + k)[None, :] < HIDDEN
                 x = tl.trans(tl.load(token_rows[:, None] + (k0 + k)[None, :], mask=inside, other=0.0))
                 gate_w = tl.load(gate_rows[:, None] + (k0 + k)[None, :], mask=inside, other=0.0)
-                up_w = tl.load(
-                    gate_rows[:, None] + INTERMEDIATE * HIDDEN + (k0 + k)[None, :], mask=inside, other=0.0
-                )
+                up_w = tl.load(gate_rows[:, None] + INTERMEDIATE * HIDDEN + (k0 + k)[None, :], mask=inside, other=0.0)
             gate = tl.dot(gate_w, x, gate)
             up = tl.dot(up_w, x, up)
         token_scale = tl.load(token_scales + token)[None, :]

@@ -4,6 +4,9 @@ Partials stand at [pair, column − slice start], so the sum over a token's top_
 their fixed order. Pairs with no local expert have no partial; the sum skips them without reading.
 """
 
+# A compile-time choice between two shapes is an if statement in Triton.
+# ruff: noqa: SIM108
+
 from __future__ import annotations
 
 import triton
@@ -38,11 +41,10 @@ def load_activations(
     if QUANTISED:
         scale = tl.load(act_scales + row)
         return low, high, scale
-    else:
-        low_f = low.to(tl.float32)
-        high_f = high.to(tl.float32)
-        scale = quantisation_scale(tl.maximum(tl.max(tl.abs(low_f), axis=1), tl.max(tl.abs(high_f), axis=1)))
-        return to_fp8(low_f, scale[:, None]), to_fp8(high_f, scale[:, None]), scale
+    low_f = low.to(tl.float32)
+    high_f = high.to(tl.float32)
+    scale = quantisation_scale(tl.maximum(tl.max(tl.abs(low_f), axis=1), tl.max(tl.abs(high_f), axis=1)))
+    return to_fp8(low_f, scale[:, None]), to_fp8(high_f, scale[:, None]), scale
 
 
 @triton.jit
@@ -292,11 +294,17 @@ def sum_tile(
     TOP_K: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
-    """Σ over a token's choices, choice 0 first, in fp32; bf16 to out [tokens, HIDDEN], columns up to end_column."""
+    """Σ over a token's choices, choice 0 first, in fp32; bf16 to out [tokens, HIDDEN], columns up to end_column.
+
+    EXACT: all BLOCK_C columns lie before end_column.
+    """
     token = first_token + tl.arange(0, BLOCK_T)
     column = first_column + tl.arange(0, BLOCK_C)
-    inside = (token < tokens)[:, None] & (column < end_column)[None, :]
+    inside = (token < tokens)[:, None]
+    if not EXACT:
+        inside = inside & (column < end_column)[None, :]
     total = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     for choice in tl.static_range(TOP_K):
         pair = token * TOP_K + choice
@@ -320,6 +328,7 @@ def sum_kernel(
     TOP_K: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """Grid: blocks of tokens × blocks of the slice's columns (columns fastest)."""
     blocks = tl.cdiv(slice_width, BLOCK_C)
@@ -339,4 +348,5 @@ def sum_kernel(
         TOP_K,
         BLOCK_T,
         BLOCK_C,
+        EXACT,
     )

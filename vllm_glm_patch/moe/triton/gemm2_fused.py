@@ -31,7 +31,7 @@ def announce(counter):
     tl.atomic_add(counter, 1, sem="release")
 
 
-@triton.jit(do_not_specialize=["tokens", "slot_elements"])
+@triton.jit(do_not_specialize=["tokens"])
 def gemm2_sum_kernel(
     act,
     act_scales,
@@ -48,7 +48,6 @@ def gemm2_sum_kernel(
     tokens,
     max_tiles,
     w2_expert_stride,
-    slot_elements,
     HIDDEN: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -67,6 +66,8 @@ def gemm2_sum_kernel(
     """counts[3] is the ticket counter; done [2 · slices] int32 zeros: finished GEMM tiles and sums of each slice."""
     SLICES: tl.constexpr = (HIDDEN + SLICE - 1) // SLICE
     STRIPS: tl.constexpr = SLICE // STRIP
+    # Elements of one slot of partials; spelled as a product so that the compiler sees it is a multiple of SLICE.
+    slot = (tokens * TOP_K).to(tl.int64) * SLICE
     gemms = tl.load(counts + 2) * STRIPS
     sums = tl.cdiv(tokens, BLOCK_T)
     unit = gemms + sums
@@ -85,7 +86,7 @@ def gemm2_sum_kernel(
                     w2,
                     w2_scales,
                     topk_weights,
-                    partial + (s % SLOTS).to(tl.int64) * slot_elements,
+                    partial + (s % SLOTS) * slot,
                     rows,
                     tiles,
                     max_tiles,
@@ -111,7 +112,7 @@ def gemm2_sum_kernel(
                 wait_until(done + s - 1, gemms)
                 start = (s - 1) * SLICE
                 sum_tile(
-                    partial + ((s - 1) % SLOTS).to(tl.int64) * slot_elements,
+                    partial + ((s - 1) % SLOTS) * slot,
                     local_ids,
                     out,
                     (step - gemms) * BLOCK_T,
@@ -125,6 +126,7 @@ def gemm2_sum_kernel(
                     TOP_K,
                     BLOCK_T,
                     SLICE,
+                    HIDDEN % SLICE == 0,
                 )
                 announce(done + SLICES + s - 1)
         ticket = tl.atomic_add(counts + 3, 1, sem="relaxed")

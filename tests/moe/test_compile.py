@@ -1,0 +1,294 @@
+"""Compile every kernel for sm_90 without a card, and check what the compiler made of it: wgmma where meant, no spills."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+# The kernels' size constants for GLM-4.6 on one of 8 ranks.
+_GLM = {"HIDDEN": 5120, "INTERMEDIATE": 192}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel and one configuration. `wgmma`: whether its machine code must hold warpgroup matrix instructions."""
+
+    name: str
+    kernel: str
+    constants: dict[str, object]
+    warps: int
+    stages: int
+    wgmma: bool
+
+
+def cases() -> list[Case]:
+    """The configurations the defaults and the first sweep lean on."""
+    resident = {**_GLM, "LOW": 128, "HIGH": 64, "QUANTISED": True, "SWAP": False}
+    routed = {
+        "WIDTH": 5120,
+        "WIDTH_BLOCK": 8192,
+        "EXPERTS": 160,
+        "GLOBAL_EXPERTS": 160,
+        "HAS_MAP": False,
+        "BINS": 256,
+    }
+    lists = {"BLOCK_M1": 16, "BLOCK_M2": 16, "DONE": 256}
+    return [
+        Case(
+            "tile 128x64",
+            "triton.gemm1:gemm1_tile_kernel",
+            {**_GLM, "TOP_K": 8, "BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 128, "GROUP": 4},
+            8,
+            4,
+            True,
+        ),
+        Case(
+            "tile 64x64",
+            "triton.gemm1:gemm1_tile_kernel",
+            {**_GLM, "TOP_K": 8, "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "GROUP": 4},
+            4,
+            4,
+            True,
+        ),
+        Case(
+            "tile 128x128",
+            "triton.gemm1:gemm1_tile_kernel",
+            {**_GLM, "TOP_K": 8, "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "GROUP": 4},
+            8,
+            4,
+            True,
+        ),
+        Case(
+            "row 128",
+            "triton.gemm1:gemm1_row_kernel",
+            {**_GLM, "TOP_K": 8, "BLOCK_M": 128, "LOW": 128, "HIGH": 64, "BLOCK_K": 128},
+            8,
+            3,
+            True,
+        ),
+        Case(
+            "stream 16",
+            "triton.gemm1:gemm1_stream_kernel",
+            {**_GLM, "TOP_K": 8, "BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "GROUP": 4},
+            4,
+            4,
+            True,
+        ),
+        Case(
+            "resident 64x128",
+            "triton.gemm2:gemm2_kernel",
+            {**resident, "BLOCK_M": 64, "BLOCK_N": 128, "STRIP": 128, "STAGES": 2},
+            4,
+            2,
+            True,
+        ),
+        Case(
+            "resident 16 swapped",
+            "triton.gemm2:gemm2_kernel",
+            {**resident, "QUANTISED": False, "SWAP": True, "BLOCK_M": 16, "BLOCK_N": 64, "STRIP": 512, "STAGES": 3},
+            4,
+            3,
+            True,
+        ),
+        Case(
+            "loop 128x128",
+            "triton.gemm2:gemm2_loop_kernel",
+            {
+                "HIDDEN": 5120,
+                "INTERMEDIATE": 1536,
+                "BLOCK_M": 128,
+                "BLOCK_N": 128,
+                "BLOCK_K": 128,
+                "GROUP": 4,
+                "SWAP": False,
+            },
+            8,
+            4,
+            True,
+        ),
+        Case(
+            "fused 64x128",
+            "triton.gemm2_fused:gemm2_sum_kernel",
+            {
+                **_GLM,
+                "EXPERTS": 160,
+                "TOP_K": 8,
+                "LOW": 128,
+                "HIGH": 64,
+                "BLOCK_M": 64,
+                "BLOCK_N": 128,
+                "STRIP": 128,
+                "SLICE": 128,
+                "SLOTS": 2,
+                "QUANTISED": True,
+                "STAGES": 2,
+                "BLOCK_T": 16,
+            },
+            4,
+            2,
+            True,
+        ),
+        Case(
+            "pairs gemm1",
+            "triton.pairs:pair_gemm1_kernel",
+            {
+                **_GLM,
+                "HIDDEN_BLOCK": 8192,
+                "EXPERTS": 160,
+                "GLOBAL_EXPERTS": 160,
+                "HAS_MAP": False,
+                "TOP_K": 8,
+                "COLUMNS": 2,
+            },
+            8,
+            3,
+            False,
+        ),
+        Case(
+            "pairs gemm2",
+            "triton.pairs:pair_gemm2_kernel",
+            {
+                **_GLM,
+                "WIDTH_BLOCK": 256,
+                "EXPERTS": 160,
+                "GLOBAL_EXPERTS": 160,
+                "HAS_MAP": False,
+                "TOP_K": 8,
+                "CHOICES": 8,
+                "COLUMNS": 4,
+            },
+            4,
+            3,
+            False,
+        ),
+        Case(
+            "sum",
+            "triton.gemm2:sum_kernel",
+            {"HIDDEN": 5120, "EXPERTS": 160, "TOP_K": 8, "BLOCK_T": 4, "BLOCK_C": 512, "EXACT": True},
+            4,
+            3,
+            False,
+        ),
+        Case("quantise rows", "triton.quantise:quantise_rows_kernel", {"WIDTH": 192, "BLOCK": 256}, 1, 3, False),
+        Case(
+            "prologue small",
+            "routing:prologue_small_kernel",
+            {**routed, **lists, "PAIRS_BLOCK": 512, "STRIP": 32},
+            8,
+            3,
+            False,
+        ),
+        Case("prologue", "routing:prologue_kernel", {**routed, "CHUNK": 1024}, 4, 3, False),
+        Case("scan", "routing:scan_kernel", {"EXPERTS": 160, "BINS": 256, "ROWS": 16, **lists}, 8, 3, False),
+        Case(
+            "place",
+            "routing:place_kernel",
+            {"EXPERTS": 160, "BINS": 256, "CHUNK": 1024, "PLACE": 128, "STRIP": 16},
+            4,
+            3,
+            False,
+        ),
+    ]
+
+
+def argument_type(name: str, kernel: str, constants: dict[str, object]) -> str:
+    """Triton's type name for a kernel argument, by its name."""
+    pointers = {
+        "tokens": "*fp8e4nv",
+        "w13": "*fp8e4nv",
+        "w2": "*fp8e4nv",
+        "act": "*fp8e4nv" if constants.get("QUANTISED") or "row" in kernel or "loop" in kernel else "*bf16",
+        "hidden": "*bf16",
+        "partial": "*bf16",
+        "source": "*bf16",
+        "target": "*fp8e4nv",
+        "quantised": "*fp8e4nv",
+        "out": "*bf16",
+    }
+    if name == "tokens" and "sum" in kernel:
+        return "i32"
+    if name in pointers:
+        return pointers[name]
+    if name.endswith("scales") or name == "topk_weights":
+        return "*fp32"
+    if name in ("rows", "tiles", "counts", "local_ids", "ids", "expert_map", "done", "histogram", "limit"):
+        return "*i32"
+    return "i32"
+
+
+def compile_case(case: Case) -> dict[str, object]:
+    """Compile for sm_90; registers, spilled bytes, shared memory, and whether QGMMA is in the machine code."""
+    import importlib
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module, name = case.kernel.split(":")
+    kernel = getattr(importlib.import_module(f"vllm_glm_patch.moe.{module}"), name)
+    signature: dict[str, str] = {}
+    attributes = {}
+    for index, argument in enumerate(kernel.arg_names):
+        if argument in case.constants:
+            signature[argument] = "constexpr"
+        else:
+            signature[argument] = argument_type(argument, name, case.constants)
+            unspecialised = ("pairs", "chunks")
+            if argument not in unspecialised and not (argument == "tokens" and signature[argument] == "i32"):
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constexprs=case.constants, attrs=attributes)
+    compiled = triton.compile(
+        source,
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": case.warps, "num_stages": case.stages},
+    )
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    cubin = Path(os.environ.get("TMPDIR", "/tmp")) / f"vgp-{os.getpid()}.cubin"
+    try:
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = subprocess.run([tools / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+        code = subprocess.run([tools / "cuobjdump", "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    finally:
+        cubin.unlink(missing_ok=True)
+    return {
+        "case": case.name,
+        "registers": int(re.search(r"REG:(\d+)", usage).group(1)),  # type: ignore[union-attr]
+        "stack": int(re.search(r"STACK:(\d+)", usage).group(1)),  # type: ignore[union-attr]
+        "spills": len(re.findall(r"\bSTL\b", code)),
+        "shared": compiled.metadata.shared,
+        "qgmma": len(re.findall(r"QGMMA", code)),
+        "qmma": len(re.findall(r"\bQMMA|\bHMMA", code)),
+        "ldgsts": sorted(set(re.findall(r"LDGSTS\.E(?:\.\w+)*", code))),
+        "ldg": sorted(set(re.findall(r"LDG\.E(?:\.\w+)*", code))),
+        "stg": sorted(set(re.findall(r"STG\.E(?:\.\w+)*", code))),
+    }
+
+
+def main(names: list[str]) -> None:
+    for case in cases():
+        if not names or any(name in case.name for name in names):
+            print(compile_case(case), flush=True)
+
+
+@pytest.mark.parametrize("name", [case.name for case in cases()])
+def test_kernel_compiles_for_hopper_with_its_matrix_instructions_and_without_spills(name: str) -> None:
+    # A process of its own: the rest of the CPU tests import the kernels under Triton's interpreter.
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, __file__, name], capture_output=True, text=True, env=environment, timeout=300)
+    assert run.returncode == 0, run.stderr[-2000:]
+    result = next(eval(line) for line in run.stdout.splitlines() if line.startswith("{"))
+    case = next(case for case in cases() if case.name == name)
+    assert result["spills"] == 0
+    assert (result["qgmma"] > 0) == case.wgmma
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

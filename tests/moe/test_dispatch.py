@@ -1,0 +1,79 @@
+"""Choosing a configuration: tables, borrowed tables, rules of thumb, and the memory they ask for."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from vllm_glm_patch.moe import dispatch
+from vllm_glm_patch.moe.dispatch import Card, Config, choose, default_config, tables
+from vllm_glm_patch.moe.problem import Problem
+from vllm_glm_patch.moe.workspace import layout
+
+H100 = Card("NVIDIA H100 80GB HBM3", 132, 232448, (9, 0))
+H20 = Card("NVIDIA H20", 78, 232448, (9, 0))
+COUNTS = [1, 2, 3, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384]
+SHAPES = {
+    "TP8": Problem(1, intermediate_size=192),
+    "TP4": Problem(1, intermediate_size=384),
+    "TP2": Problem(1, intermediate_size=768),
+    "TP1": Problem(1, intermediate_size=1536),
+    "EP8": Problem(1, intermediate_size=1536, experts=20),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("card", [H100, H20], ids=["H100", "H20"])
+def test_every_count_gets_a_configuration_that_survives_json(shape, card) -> None:
+    for tokens in COUNTS:
+        config = choose(dataclasses.replace(SHAPES[shape], tokens=tokens), card)
+        assert Config.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize("card", [H100, H20], ids=["H100", "H20"])
+def test_workspace_at_8192_tokens_tp8_is_at_most_140_mb(card) -> None:
+    problem = dataclasses.replace(SHAPES["TP8"], tokens=8192)
+    assert layout(problem, choose(problem, card)).total <= 140e6
+    assert layout(problem, default_config(problem, card)).total <= 140e6
+
+
+def test_resident_and_fused_kernels_are_chosen_only_where_a_row_fits() -> None:
+    for problem in SHAPES.values():
+        for tokens in COUNTS:
+            config = choose(dataclasses.replace(problem, tokens=tokens), H100)
+            if config.path == "grouped" and config.gemm2.kind != "loop":
+                assert dispatch.fits_resident(problem.intermediate_size)
+            if config.path == "grouped" and config.gemm2.kind == "fused":
+                assert config.gemm2.slice & (config.gemm2.slice - 1) == 0
+
+
+def test_the_nearest_count_of_the_cards_own_table_is_used(monkeypatch) -> None:
+    marked = {str(count): Config(pairs=dispatch.Pairs(columns1=count), path="pairs").to_dict() for count in (4, 64)}
+    shape = SHAPES["TP8"].shape_key
+    table = {"card": H100.name, "multiprocessors": 132, "capability": [9, 0], "shapes": {shape: marked}}
+    monkeypatch.setattr(dispatch, "tables", lambda: (table,))
+    choose.cache_clear()
+    try:
+        for tokens, nearest in ((1, 4), (15, 4), (17, 64), (9000, 64)):
+            problem = dataclasses.replace(SHAPES["TP8"], tokens=tokens)
+            assert choose(problem, H100).pairs.columns1 == nearest
+            assert choose(problem, Card("NVIDIA H200", 132, 232448, (9, 0))).pairs.columns1 == nearest
+            assert choose(problem, H20) == default_config(problem, H20)
+    finally:
+        choose.cache_clear()
+
+
+def test_shipped_tables_can_be_read() -> None:
+    for table in tables():
+        for configs in table["shapes"].values():
+            for count, config in configs.items():
+                assert int(count) > 0
+                Config.from_dict(config)
+
+
+def test_importing_the_package_loads_neither_torch_nor_triton() -> None:
+    code = "import sys, vllm_glm_patch.moe; assert not {'torch', 'triton'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

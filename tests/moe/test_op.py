@@ -1,0 +1,92 @@
+"""The public function: arguments, errors, empty input, passes, fake kernels."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import pytest
+import torch
+from configs import random_problem
+
+from vllm_glm_patch.moe import fused_moe_fp8, op, workspace_bytes
+from vllm_glm_patch.moe import workspace as workspace_module
+from vllm_glm_patch.moe.generators import make_inputs
+from vllm_glm_patch.moe.problem import Problem
+from vllm_glm_patch.moe.reference import fused_moe, relative_error
+
+SMALL = Problem(tokens=6, hidden_size=96, intermediate_size=40, experts=4, global_experts=4, top_k=2)
+
+
+def test_no_tokens_give_no_rows(device) -> None:
+    inputs = make_inputs(dataclasses.replace(SMALL, tokens=0), 1, device=device)
+    assert fused_moe_fp8(*inputs.positional()).shape == (0, 96)
+
+
+def test_writes_and_returns_the_output_it_is_given_using_the_workspace_it_is_given(seed, device) -> None:
+    inputs = make_inputs(SMALL, seed, device=device)
+    out = torch.full_like(inputs.hidden_states, float("nan"))
+    workspace = torch.empty(workspace_bytes(SMALL, device), dtype=torch.uint8, device=device)
+    assert fused_moe_fp8(*inputs.positional(), out=out, workspace=workspace) is out
+    assert relative_error(out, fused_moe(*inputs.positional())) < 0.03
+
+
+def test_scales_may_have_a_last_dimension_of_one_and_ids_may_be_int64(seed, device) -> None:
+    inputs = make_inputs(SMALL, seed, device=device)
+    x, w13, w2, s13, s2, weights, ids = inputs.positional()
+    plain = fused_moe_fp8(x, w13, w2, s13, s2, weights, ids)
+    assert torch.equal(plain, fused_moe_fp8(x, w13, w2, s13[..., None], s2[..., None], weights, ids.long()))
+
+
+def test_long_inputs_in_passes_give_the_same_bits(seed, device, monkeypatch) -> None:
+    problem = random_problem(random.Random(seed), 23)
+    inputs = make_inputs(problem, seed, device=device)
+    # A table of one entry for both ways, so that only the passes differ.
+    config = op.choose(problem, op.read_card(None if device == "cpu" else 0))
+    monkeypatch.setattr(op, "choose", lambda part, card: config)
+    whole = fused_moe_fp8(*inputs.positional())
+    monkeypatch.setattr(workspace_module, "TOKENS_PER_PASS", 10)
+    assert torch.equal(fused_moe_fp8(*inputs.positional()), whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a.__setitem__(0, a[0].float()), "hidden_states is torch.float32, want bfloat16"),
+        (lambda a: a.__setitem__(1, a[1][:, :, :-1]), "w13 is"),
+        (lambda a: a.__setitem__(2, a[2].transpose(1, 2)), "w2 is"),
+        (lambda a: a.__setitem__(3, a[3][:, :-1]), "w13_scale is"),
+        (lambda a: a.__setitem__(5, a[5].double()), "topk_weights is torch.float64, want float32"),
+        (lambda a: a.__setitem__(6, a[6].float()), "topk_ids is torch.float32, want int32 or int64"),
+        (lambda a: a.__setitem__(6, a[6][:-1]), "topk_ids is"),
+    ],
+)
+def test_an_unfit_argument_is_named(change, message, device) -> None:
+    arguments = list(make_inputs(SMALL, 1, device=device).positional())
+    change(arguments)
+    with pytest.raises(ValueError, match=message):
+        fused_moe_fp8(*arguments)
+
+
+def test_a_small_workspace_is_refused_with_the_size_it_needs(device) -> None:
+    inputs = make_inputs(SMALL, 1, device=device)
+    with pytest.raises(ValueError, match=r"workspace has 16 elements.*workspace_bytes"):
+        fused_moe_fp8(*inputs.positional(), workspace=torch.empty(16, dtype=torch.uint8, device=device))
+
+
+def test_fake_kernels_give_shapes_without_running(device) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    inputs = make_inputs(SMALL, 1, device=device)
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(t) for t in inputs.positional()]
+        out = fused_moe_fp8(*fakes)
+        assert out.shape == (6, 96) and out.dtype == torch.bfloat16
+        given = torch.empty_like(out)
+        assert fused_moe_fp8(*fakes, out=given) is given
+
+
+def test_traces_whole_under_torch_compile(seed, device) -> None:
+    inputs = make_inputs(SMALL, seed, device=device)
+    compiled = torch.compile(lambda *a: fused_moe_fp8(*a) * 2, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*inputs.positional()), fused_moe_fp8(*inputs.positional()) * 2)

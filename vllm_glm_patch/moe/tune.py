@@ -1,0 +1,330 @@
+"""Tune on the card at hand: time candidates of each step, combine the best, and write the table dispatch.py reads.
+
+Steps are timed apart, since a step's best tile does not depend on the others' (only on whether the activations reach
+GEMM2 in FP8): that is tens of timings a token count instead of thousands. The best few whole layers are then timed
+as wholes. Kernels are compiled beforehand by many processes, without touching the card's memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import generators
+from .dispatch import TABLES, Card, Config, Gemm1, Gemm2, Pairs, Sum, default_config, fits_resident, power_of_two, read_card
+from .pipeline import Pass, Tensors, compile_only
+from .problem import Problem
+from .timing import median_us
+from .workspace import layout, needs_requantise
+
+Report = Callable[[dict[str, Any]], None]
+
+
+def pair_candidates(problem: Problem) -> list[Config]:
+    """Whole configurations of the path for a handful of tokens."""
+    if problem.tokens > 16:
+        return []
+    wide = power_of_two(problem.intermediate_size)
+    found = []
+    for columns1, warps1, lines, warps2 in itertools.product((1, 2, 4), (4, 8), (1024, 2048, 4096), (4, 8)):
+        found.append(Config(path="pairs", pairs=Pairs(columns1, warps1, max(1, lines // wide), warps2)))
+    return list(dict.fromkeys(found))
+
+
+def gemm1_candidates(problem: Problem, card: Card) -> list[Gemm1]:
+    """GEMM1 tiles worth trying at this many rows an expert."""
+    density = problem.pairs / problem.global_experts
+    found: list[Gemm1] = []
+    if density <= 64:
+        heights = [m for m in (16, 32, 64) if m >= min(density, 16) and m <= max(16, 4 * density)]
+        for m, n, k, warps, stages in itertools.product(heights, (32, 64), (128, 256), (4, 8), (3, 4, 5)):
+            if not (n == 32 and warps == 8):
+                found.append(Gemm1("stream", m, n, k, 4, warps, stages))
+    if density >= 12:
+        heights = [m for m in (64, 128) if m <= max(64, 2 * density)]
+        for m, n, k, stages, group in itertools.product(heights, (64, 128), (128,), (3, 4, 5), (2, 8)):
+            if m * n <= 64 * 64:
+                found.append(Gemm1("tile", m, n, k, group, 4, stages))
+            found.append(Gemm1("tile", m, n, k, group, 8, stages))
+        if problem.intermediate_size <= 256:
+            for m, k, warps, stages in itertools.product(heights, (64, 128), (4, 8), (2, 3, 4)):
+                if (m == 128) == (warps == 8) or m == 64:
+                    found.append(Gemm1("row", m, 64, k, 1, warps, stages))
+    return [c for c in found if _gemm1_bytes(problem, c) <= card.shared_memory]
+
+
+def _gemm1_bytes(problem: Problem, c: Gemm1) -> int:
+    width = problem.intermediate_size if c.kind == "row" else c.block_n
+    return (c.block_m + 2 * width) * c.block_k * c.stages
+
+
+def gemm2_candidates(problem: Problem, card: Card) -> list[tuple[Gemm2, Sum]]:
+    """GEMM2 tiles and sums worth trying at this many rows an expert."""
+    density = problem.pairs / problem.global_experts
+    found: list[tuple[Gemm2, Sum]] = []
+    few = problem.tokens <= 1024
+    sums = [Sum(1, 1024, 4)] if few else [Sum(4, 512, 4)]
+    resident = fits_resident(problem.intermediate_size)
+    if few:
+        heights = [m for m in (16, 32, 64) if m <= max(16, 4 * density)]
+        for m, n, warps, stages in itertools.product(heights, (64, 128), (4, 8), (2, 3, 4)):
+            if n == 64 and warps == 8:
+                continue
+            if resident:
+                for strip, requantise in itertools.product((n, 256, 512, 1280), (False, True)):
+                    found.append((Gemm2("resident", m, n, 64, strip, 0, 3, True, requantise, 4, warps, stages), sums[0]))
+            else:
+                found.append((Gemm2("loop", m, n, 128, n, 0, 3, True, True, 4, warps, stages + 1), sums[0]))
+                found.append((Gemm2("loop", m, n, 256, n, 0, 3, True, True, 4, warps, stages), sums[0]))
+    if density >= 24:
+        heights = [m for m in (64, 128) if m <= max(64, 2 * density)]
+        slices = (0,) if few else (256, 512, 1024)
+        for m, n, width in itertools.product(heights, (64, 128, 256), slices):
+            warps = 8 if m * n >= 128 * 128 else 4
+            if resident:
+                for strip, stages in ((n, 1), (2 * n, 2), (4 * n, 2), (4 * n, 3)):
+                    if width == 0 or strip <= width:
+                        found.append((Gemm2("resident", m, n, 64, strip, width, 3, False, True, 4, warps, stages), sums[0]))
+            else:
+                for stages, group in itertools.product((3, 4), (2, 8)):
+                    if m * n >= 64 * 128:
+                        found.append((Gemm2("loop", m, n, 128, n, width, 3, False, True, group, warps, stages), sums[0]))
+        if resident and not few:
+            for m, n, width, slots, programs in itertools.product(heights, (64, 128), (128, 256, 512), (2, 3), (2, 3, 4)):
+                warps = 8 if m * n >= 128 * 128 else 4
+                for strip in {n, min(width, 2 * n)}:
+                    if strip <= width:
+                        gemm2 = Gemm2(
+                            "fused", m, n, 64, strip, width, slots, False, True, 4, warps, 2 if strip > n else 1, programs
+                        )
+                        found.append((gemm2, Sum(max(1, 2048 // width), width, 4)))
+    budget = card.shared_memory
+    return [pair for pair in dict.fromkeys(found) if _gemm2_bytes(problem, pair[0]) <= budget]
+
+
+def _gemm2_bytes(problem: Problem, c: Gemm2) -> int:
+    if c.kind == "loop":
+        return (c.block_m + c.block_n) * c.block_k * c.stages
+    return (c.block_m + c.block_n * c.stages) * problem.intermediate_size
+
+
+@dataclass
+class Bench:
+    """A problem's inputs on the card, several sets of them where weights would otherwise stay in L2."""
+
+    problem: Problem
+    card: Card
+    seed: int
+    weights: tuple[torch.Tensor, ...]
+    sets: list[generators.Inputs] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        tokens = self.problem.tokens
+        count = 8 if tokens <= 16 else 4 if tokens <= 256 else 1
+        self.sets = [generators.make_inputs(self.problem, self.seed + i, "spread", "cuda", self.weights) for i in range(count)]
+        self._space = torch.empty(0, dtype=torch.uint8, device="cuda")
+
+    def passes(self, config: Config) -> list[Pass]:
+        """A pass for each set, with its own workspace and output."""
+        need = -(-layout(self.problem, config).total // 256) * 256
+        if self._space.numel() < need * len(self.sets):
+            self._space = torch.empty(need * len(self.sets), dtype=torch.uint8, device="cuda")
+        made = []
+        for i, inputs in enumerate(self.sets):
+            tensors = Tensors(*inputs.positional(), inputs.expert_map, torch.empty_like(inputs.hidden_states))
+            made.append(Pass(self.problem, config, tensors, self._space[i * need : (i + 1) * need], self.card.multiprocessors))
+        return made
+
+    def time_step(self, config: Config, name: str, replays: int = 9) -> float:
+        """Microseconds of one step alone; the steps before it run first, once, so its inputs are real."""
+        passes = self.passes(config)
+        timed = []
+        for one in passes:
+            for step, call in one.steps():
+                if step == name:
+                    timed.append(call)
+                    break
+                call()
+        return median_us(timed, replays)
+
+    def time_layer(self, config: Config, replays: int = 20) -> float:
+        """Microseconds of the whole layer."""
+        return median_us([one.run for one in self.passes(config)], replays)
+
+
+def _compile_worker(job: tuple[Problem, Config]) -> str:
+    """In a worker: compile every kernel of a configuration. Returns an empty string, or what went wrong."""
+    problem, config = job
+    meta: dict[str, Any] = {"device": "meta"}
+    p = problem
+    fp8, ids = torch.float8_e4m3fn, torch.int32
+    tensors = Tensors(
+        torch.empty(p.tokens, p.hidden_size, dtype=torch.bfloat16, **meta),
+        torch.empty(p.experts, 2 * p.intermediate_size, p.hidden_size, dtype=fp8, **meta),
+        torch.empty(p.experts, p.hidden_size, p.intermediate_size, dtype=fp8, **meta),
+        torch.empty(p.experts, 2 * p.intermediate_size, **meta),
+        torch.empty(p.experts, p.hidden_size, **meta),
+        torch.empty(p.tokens, p.top_k, **meta),
+        torch.empty(p.tokens, p.top_k, dtype=ids, **meta),
+        None if p.experts == p.global_experts else torch.empty(p.global_experts, dtype=ids, **meta),
+        torch.empty(p.tokens, p.hidden_size, dtype=torch.bfloat16, **meta),
+    )
+    workspace = torch.empty(layout(p, config).total, dtype=torch.uint8, **meta)
+    try:
+        Pass(p, config, tensors, workspace, 132, compile_only).run()
+    except Exception as error:  # whatever the compiler dislikes: the candidate is dropped and counted
+        return f"{type(error).__name__}: {str(error)[:200]}"
+    return ""
+
+
+def precompile(jobs: Iterable[tuple[Problem, Config]], deadline: float, processes: int | None = None) -> dict[str, int]:
+    """Compile configurations in parallel into Triton's cache, until the deadline (time.monotonic).
+
+    Returns counts: compiled, failed, and left when time ran out (those compile when first timed).
+    """
+    counts = {"compiled": 0, "failed": 0, "left": 0}
+    todo = list(dict.fromkeys(jobs))
+    processes = processes or max(1, (os.cpu_count() or 2) - 1)
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(_compile_worker, job) for job in todo]
+        try:
+            for future in as_completed(futures, timeout=max(0.1, deadline - time.monotonic())):
+                counts["failed" if future.result() else "compiled"] += 1
+        except TimeoutError:
+            pass
+        counts["left"] = sum(future.cancel() for future in futures)
+    return counts
+
+
+def plans(problem: Problem, card: Card) -> dict[str, list[tuple[str, Config]]]:
+    """Candidates as (timed step, configuration), by group: pairs, gemm1, gemm2 with FP8 rows, gemm2 with bf16 rows.
+
+    Each step's candidates ride on a partner configuration that supplies the other steps.
+    """
+    base = default_config(dataclasses.replace(problem, tokens=max(problem.tokens, 3)), card)
+    groups: dict[str, list[tuple[str, Config]]] = {"pairs": [], "gemm1": [], "gemm2 fp8": [], "gemm2 bf16": []}
+    groups["pairs"] = [("layer", config) for config in pair_candidates(problem)]
+    partner = replace(base.gemm2, requantise=True) if base.gemm2.kind != "loop" else base.gemm2
+    for gemm1 in gemm1_candidates(problem, card):
+        groups["gemm1"].append(("gemm1", replace(base, gemm1=gemm1, gemm2=partner)))
+    plain = base.gemm1 if base.gemm1.kind != "row" else Gemm1()
+    for gemm2, total in gemm2_candidates(problem, card):
+        config = replace(base, gemm1=plain, gemm2=gemm2, sum=total)
+        groups["gemm2 fp8" if needs_requantise(config) else "gemm2 bf16"].append(("gemm2", config))
+    return groups
+
+
+def tune_count(bench: Bench, report: Report, deadline: float) -> Config | None:
+    """Best configuration for one token count, or None where nothing could be timed before the deadline.
+
+    `report` gets a row for every candidate (step, config, microseconds or the error) and one for each whole layer.
+    """
+    problem, card = bench.problem, bench.card
+    best: dict[str, list[tuple[float, Config]]] = {}
+
+    def attempt(group: str, step: str, config: Config, replays: int = 9) -> None:
+        row = {"tokens": problem.tokens, "shape": problem.shape_key, "group": group, "config": config.to_dict()}
+        try:
+            us = bench.time_layer(config, 20) if step == "layer" else bench.time_step(config, step, replays)
+        except torch.cuda.OutOfMemoryError as error:
+            report({**row, "error": str(error)[:120]})
+            return
+        except Exception as error:
+            if "illegal" in str(error) or "misaligned" in str(error):
+                raise  # the card's context is gone; timing on would only hide it
+            report({**row, "error": f"{type(error).__name__}: {str(error)[:120]}"})
+            return
+        best.setdefault(group, []).append((us, config))
+        report({**row, "us": round(us, 2)})
+
+    for group, candidates in plans(problem, card).items():
+        for step, config in candidates:
+            if time.monotonic() > deadline:
+                break
+            name = group
+            if group == "gemm1":
+                name = "gemm1 row" if config.gemm1.kind == "row" else "gemm1 bf16"
+            attempt(name, step, config)
+    for found in best.values():
+        found.sort(key=lambda item: item[0])
+    for config in combinations(best):
+        attempt("layer", "layer", config)
+    whole = best.get("layer", []) + best.get("pairs", [])[:3]
+    return min(whole, key=lambda item: item[0])[1] if whole else None
+
+
+def combinations(best: dict[str, list[tuple[float, Config]]], keep: int = 2) -> list[Config]:
+    """Whole layers from the best steps: whole-row GEMM1 or any GEMM1 + requantise into FP8 GEMM2, or bf16 throughout."""
+    found = []
+    routes = (("gemm1 row", "gemm2 fp8"), ("gemm1 bf16", "gemm2 fp8"), ("gemm1 bf16", "gemm2 bf16"))
+    for first, second in routes:
+        for (_, one), (_, two) in itertools.product(best.get(first, [])[:keep], best.get(second, [])[:keep]):
+            found.append(replace(one, gemm2=two.gemm2, sum=two.sum))
+    return list(dict.fromkeys(found))
+
+
+def tune(problems: Iterable[Problem], *, seconds: float, report: Report, seed: int = 0, folder: Path = TABLES) -> Path:
+    """Tune the current CUDA device for each problem and write or extend `<folder>/<card>.json`.
+
+    Args:
+        problems: one for each shape and token count; counts of a shape in a row share its weights.
+        seconds: wall-clock limit. What is tuned by then is written; the table grows with every further run.
+        report: called with each measurement as it is made.
+        seed: of the inputs.
+
+    Returns:
+        The table's path.
+    """
+    start = time.monotonic()
+    card = read_card(torch.cuda.current_device())
+    todo = list(problems)
+    jobs = [(problem, config) for problem in todo for group in plans(problem, card).values() for _, config in group]
+    counts = precompile(jobs, start + 0.4 * seconds)
+    report({"precompile": counts, "jobs": len(set(jobs)), "seconds": round(time.monotonic() - start, 1)})
+    path = folder / f"{card.name.replace(' ', '_')}.json"
+    weights_key, weights = "", ()
+    for index, problem in enumerate(todo):
+        now = time.monotonic()
+        left = start + seconds - now
+        if left <= 0:
+            break
+        if problem.shape_key != weights_key:
+            weights = ()
+            weights = generators.make_weights(problem, torch.Generator("cuda").manual_seed(seed))
+            weights_key = problem.shape_key
+        bench = Bench(problem, card, seed, weights)
+        config = tune_count(bench, report, now + 0.9 * left / (len(todo) - index))
+        if config is not None:
+            _extend(path, card, problem, config)
+    return path
+
+
+def _extend(path: Path, card: Card, problem: Problem, config: Config) -> None:
+    import triton
+
+    table: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"shapes": {}}
+    table |= {
+        "card": card.name,
+        "multiprocessors": card.multiprocessors,
+        "capability": list(card.capability),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
+    counts = table["shapes"].setdefault(problem.shape_key, {})
+    counts[str(problem.tokens)] = config.to_dict()
+    table["shapes"][problem.shape_key] = dict(sorted(counts.items(), key=lambda item: int(item[0])))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(table, indent=1) + "\n")
+    temporary.replace(path)
