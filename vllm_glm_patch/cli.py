@@ -8,7 +8,7 @@ from typing import Optional
 import typer
 
 from .errors import UserError
-from .tools import doctor, model, patches, scan
+from .tools import diagnose, doctor, fence, model, patches, scan
 from .version import __version__
 
 EXIT_CODES = """Exit codes of every command:
@@ -31,6 +31,8 @@ app.command("doctor")(doctor.command)
 app.command("patches")(patches.command)
 app.command("scan")(scan.command)
 app.command("model")(model.command)
+app.command("fence")(fence.command)
+app.command("diagnose")(diagnose.command)
 
 
 def _print_version(wanted: bool) -> None:

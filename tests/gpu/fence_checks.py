@@ -16,6 +16,8 @@ from typing import Any
 
 import children
 
+from vllm_glm_patch.fence.coredump import read_core_dump
+
 OVER_READ = """
 import torch, triton, triton.language as tl
 @triton.jit
@@ -121,6 +123,8 @@ def run(name: str, code: str, fails: bool = False, **options: Any) -> dict[str, 
         row |= {"output": text, "held": (done.returncode != 0) == fails}
         if report.is_file():
             row["report"] = json.loads(report.read_text())
+            core = next(Path(folder, "fence").glob("core-*"))
+            row["transcript"] = read_core_dump(core).transcript[:6000]
     print(name, options, "held" if row["held"] else "NOT HELD", text, flush=True)
     return row
 

@@ -128,7 +128,8 @@ def warm_up(worker: Any) -> None:
         raise FullStepFailed(
             f"The step of {tokens} tokens (max_num_batched_tokens) failed while it was warmed up, in "
             f"{_where(error)}. Set VLLM_GLM_PATCH_SHAPE_POLICY=guarded so that it is never scheduled, or =off to start "
-            "without this warm-up; `vllm-glm-patch doctor` tells what is known of this vLLM."
+            "without this warm-up. Out of memory: lower --gpu-memory-utilization. `vllm-glm-patch doctor` tells what is known "
+            "of this vLLM."
         ) from error
     except (TypeError, AttributeError, AssertionError, ValueError, NotImplementedError, KeyError) as error:
         logger.warning(

@@ -1,0 +1,74 @@
+"""The commands `fence` and `diagnose` as a user gives them; the fence itself is tested in tests/fence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from vllm_glm_patch.cli import app
+from vllm_glm_patch.errors import UserError
+from vllm_glm_patch.fence import command as fence_command
+
+LOG = """INFO vLLM API server version {version}
+ERROR dump_input.py: SchedulerOutput(total_num_scheduled_tokens={tokens}, ...)
+RuntimeError: {error}
+"""
+FAULT = "CUDA error: an illegal memory access was encountered"
+
+
+def diagnose(tmp_path: Path, version: str, tokens: int, error: str = FAULT) -> tuple[int, dict[str, Any]]:
+    log = tmp_path / "vllm.log"
+    log.write_text(LOG.format(version=version, tokens=tokens, error=error))
+    result = CliRunner().invoke(app, ["diagnose", str(log), "--json"])
+    return result.exit_code, json.loads(result.stdout)
+
+
+def test_the_reported_crash_is_recognised(tmp_path: Path) -> None:
+    code, found = diagnose(tmp_path, "0.10.1.1", 8192)
+    assert code == 1
+    assert {"id": "scale-overread", "certain": True} in [{k: m[k] for k in ("id", "certain")} for m in found["matches"]]
+    assert found["tokens"] == 8192
+
+
+@pytest.mark.parametrize(
+    ("version", "tokens", "error"),
+    [
+        ("0.26.0", 8192, FAULT),
+        ("0.10.1.1", 8191, "CUDA error: misaligned address"),
+        ("0.10.1.1", 8192, "ValueError: no fault at all"),
+    ],
+)
+def test_other_crashes_are_not(tmp_path: Path, version: str, tokens: int, error: str) -> None:
+    code, found = diagnose(tmp_path, version, tokens, error)
+    assert [m for m in found["matches"] if m["id"] == "scale-overread" and m["certain"]] == []
+    assert code == int(bool(found["matches"]))
+
+
+def test_a_file_that_is_not_there_is_named() -> None:
+    result = CliRunner().invoke(app, ["diagnose", "/no/such.log"])
+    assert isinstance(result.exception, UserError)
+    assert "/no/such.log" in str(result.exception)
+
+
+def test_the_fence_gets_the_command_and_the_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(fence_command, "run", lambda command, options, rerun: seen.append((command, options, rerun)) or 3)
+    arguments = ["fence", "--align", "512", "--stacks", "--directory", str(tmp_path), "--", "true", "--align", "1"]
+    assert CliRunner().invoke(app, arguments).exit_code == 3
+    ((command, options, rerun),) = seen
+    assert command == ["true", "--align", "1"]
+    assert (options.align, options.stacks, options.directory, rerun) == (512, True, str(tmp_path), False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [(["--", "no-such-command"], "no-such-command"), (["--align", "3", "--", "true"], "power of two")],
+)
+def test_what_the_fence_cannot_do_is_said(arguments: list[str], told: str) -> None:
+    result = CliRunner().invoke(app, ["fence", *arguments])
+    assert isinstance(result.exception, UserError)
+    assert told in str(result.exception)
