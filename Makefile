@@ -1,5 +1,6 @@
 # make demo: the whole thing on this machine's CPU.  make test: everything that is checked.  Both set up .venv first.
-PYTHON ?= $(or $(shell command -v python3.11 2>/dev/null),python3)
+# A python3.11 that runs, which one that is only found need not.
+PYTHON ?= $(or $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null),python3)
 VENV := .venv/bin
 
 # One plain command a line: make runs those without a shell between, so a signal to make reaches them.

@@ -121,7 +121,12 @@ def _install_wheel() -> None:
 
 
 def _install_dev() -> None:
-    _pip("Installing the tools of the tests", "install", f"{_built_wheel()}[dev]")
+    """The extra `dev`, and what builds the wheel, since its test builds one in this environment."""
+    import tomllib  # not above: a Python that lacks it is to be told that it is too old
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    needed = [*project["project"]["optional-dependencies"]["dev"], *project["build-system"]["requires"]]
+    _pip("Installing the tools of the tests", "install", *needed)
 
 
 def _built_wheel() -> Path:
