@@ -9,6 +9,8 @@ import torch
 
 from .problem import Problem
 
+# w13, w2, w13_scale, w2_scale
+Weights = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 Routing = Literal["spread", "skewed", "collapsed", "bad", "none"]
 ROUTINGS: tuple[Routing, ...] = ("spread", "skewed", "collapsed", "bad", "none")
 
@@ -30,7 +32,9 @@ class Inputs:
     topk_ids: torch.Tensor
     expert_map: torch.Tensor | None
 
-    def positional(self) -> tuple[torch.Tensor, ...]:
+    def positional(
+        self,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """The seven positional arguments."""
         return (
             self.hidden_states,
@@ -121,7 +125,7 @@ def make_inputs(
     seed: int,
     routing: Routing = "spread",
     device: str | torch.device = "cpu",
-    weights: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    weights: Weights | None = None,
 ) -> Inputs:
     """Everything for one call. `weights` from an earlier make_weights saves their making."""
     generator = torch.Generator(device).manual_seed(seed)

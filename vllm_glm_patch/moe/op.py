@@ -7,6 +7,8 @@ no look at any tensor's contents, memory from torch's allocator only.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from . import workspace as workspace_module
@@ -63,7 +65,8 @@ def fused_moe_fp8(
     """
     arguments = (hidden_states, w13, w2, w13_scale, w2_scale, topk_weights, topk_ids, expert_map)
     if out is None and workspace is None:
-        return torch.ops.vllm_glm_patch.fused_moe_fp8(*arguments)
+        made: torch.Tensor = torch.ops.vllm_glm_patch.fused_moe_fp8(*arguments)
+        return made
     if out is None:
         out = torch.empty_like(hidden_states)
     torch.ops.vllm_glm_patch.fused_moe_fp8_out(*arguments, out, workspace)
@@ -73,20 +76,24 @@ def fused_moe_fp8(
 def workspace_bytes(problem: Problem, device: torch.device | str | None = None) -> int:
     """Bytes of workspace that `fused_moe_fp8` needs for up to `problem.tokens` tokens on `device`.
 
-    Configurations differ by token count, so this is the largest need at any count of the tuned table up to it.
+    Configurations differ by token count, so this is the largest need at any count up to it.
     """
     card = read_card(_device_index(torch.device(device) if device is not None else torch.device("cuda")))
-    needs = []
-    counts = {1 << i for i in range(15)} | {problem.tokens, workspace_module.TOKENS_PER_PASS}
-    for count in counts:
-        if 0 < count <= min(problem.tokens, workspace_module.TOKENS_PER_PASS):
-            needs.append(_pass_bytes(_with_tokens(problem, count), card))
-    # Between two counts the choice of configuration flips at their geometric mean; the larger side is the worst case.
-    for count in sorted(counts):
-        flip = int(count * 2**0.5)
-        if 0 < flip <= min(problem.tokens, workspace_module.TOKENS_PER_PASS):
-            needs.append(_pass_bytes(_with_tokens(problem, flip), card))
-    return max(needs, default=0)
+    return _largest_need(problem, card)
+
+
+@functools.lru_cache(maxsize=64)
+def _largest_need(problem: Problem, card: Card) -> int:
+    # Every count is asked (0.2 s, once): a configuration's need grows with the count, so only its last one matters.
+    largest = 0
+    before: tuple[Problem, Config] | None = None
+    for count in range(1, min(problem.tokens, workspace_module.TOKENS_PER_PASS) + 1):
+        part = _with_tokens(problem, count)
+        config = choose.__wrapped__(part, card)
+        if before is not None and before[1] != config:
+            largest = max(largest, workspace_module.layout(*before).total)
+        before = part, config
+    return max(largest, workspace_module.layout(*before).total) if before else 0
 
 
 def run(problem: Problem, config: Config, card: Card, tensors: Tensors, workspace: torch.Tensor) -> None:
@@ -103,10 +110,6 @@ def _with_tokens(problem: Problem, tokens: int) -> Problem:
         problem.global_experts,
         problem.top_k,
     )
-
-
-def _pass_bytes(problem: Problem, card: Card) -> int:
-    return workspace_module.layout(problem, choose(problem, card)).total
 
 
 def _device_index(device: torch.device) -> int | None:
@@ -173,7 +176,18 @@ def problem_of(
     return Problem(tokens, hidden, width, experts, global_experts, topk_ids.shape[1])
 
 
-def _fused_moe_fp8_out(hidden_states, w13, w2, w13_scale, w2_scale, topk_weights, topk_ids, expert_map, out, workspace) -> None:
+def _fused_moe_fp8_out(
+    hidden_states: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    w13_scale: torch.Tensor,
+    w2_scale: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    out: torch.Tensor,
+    workspace: torch.Tensor | None,
+) -> None:
     whole = problem_of(hidden_states, w13, w2, w13_scale, w2_scale, topk_weights, topk_ids, expert_map)
     _require(
         out.shape == hidden_states.shape and out.dtype == torch.bfloat16 and out.is_contiguous(),
@@ -207,7 +221,16 @@ def _fused_moe_fp8_out(hidden_states, w13, w2, w13_scale, w2_scale, topk_weights
         run(part, config, card, tensors, workspace)
 
 
-def _fused_moe_fp8(hidden_states, w13, w2, w13_scale, w2_scale, topk_weights, topk_ids, expert_map) -> torch.Tensor:
+def _fused_moe_fp8(
+    hidden_states: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    w13_scale: torch.Tensor,
+    w2_scale: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    expert_map: torch.Tensor | None,
+) -> torch.Tensor:
     out = torch.empty(hidden_states.shape, dtype=torch.bfloat16, device=hidden_states.device)
     _fused_moe_fp8_out(hidden_states, w13, w2, w13_scale, w2_scale, topk_weights, topk_ids, expert_map, out, None)
     return out
@@ -218,11 +241,11 @@ for _key in ("CUDA", "CPU"):
     _library.impl("fused_moe_fp8_out", _fused_moe_fp8_out, _key)
 
 
-@torch.library.register_fake("vllm_glm_patch::fused_moe_fp8", lib=_library)
-def _fake(hidden_states, w13, w2, w13_scale, w2_scale, topk_weights, topk_ids, expert_map):
+@torch.library.register_fake("vllm_glm_patch::fused_moe_fp8", lib=_library)  # type: ignore[untyped-decorator]
+def _fake(hidden_states: torch.Tensor, *others: torch.Tensor | None) -> torch.Tensor:
     return torch.empty(hidden_states.shape, dtype=torch.bfloat16, device=hidden_states.device)
 
 
-@torch.library.register_fake("vllm_glm_patch::fused_moe_fp8_out", lib=_library)
-def _fake_out(hidden_states, w13, w2, w13_scale, w2_scale, topk_weights, topk_ids, expert_map, out, workspace):
+@torch.library.register_fake("vllm_glm_patch::fused_moe_fp8_out", lib=_library)  # type: ignore[untyped-decorator]
+def _fake_out(*arguments: torch.Tensor | None) -> None:
     return None
