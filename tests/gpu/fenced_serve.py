@@ -63,7 +63,7 @@ def _report(core: Path) -> dict[str, Any]:
     from vllm_glm_patch.fence.report import report
 
     found = report(core)
-    return {"text": found.text(), **found.as_dict()}
+    return {"text": found.text(), **found.as_dict(), "transcript": found.dump.transcript[:6000]}
 
 
 def main() -> None:
