@@ -60,7 +60,7 @@ def facts(site: str | None) -> dict[str, str]:
         "driver": run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "commit": os.environ.get("VGP_COMMIT") or run("git", "rev-parse", "HEAD"),
+        "commit": os.environ.get("COMMIT") or run("git", "rev-parse", "HEAD"),
         "vllm": "none",
     }
     if site:

@@ -26,6 +26,7 @@ from . import generators
 from .dispatch import TABLES, Card, Config, Gemm1, Gemm2, Pairs, Sum, default_config, fits_resident, power_of_two, read_card
 from .pipeline import Pass, Tensors, compile_only
 from .problem import Problem
+from .reference import relative_error
 from .timing import median_us
 from .workspace import layout, needs_requantise
 
@@ -135,6 +136,7 @@ class Bench:
         count = 8 if tokens <= 16 else 4 if tokens <= 256 else 1
         self.sets = [generators.make_inputs(self.problem, self.seed + i, "spread", "cuda", self.weights) for i in range(count)]
         self._space = torch.empty(0, dtype=torch.uint8, device="cuda")
+        self._expected: torch.Tensor | None = None
 
     def passes(self, config: Config) -> list[Pass]:
         """A pass for each set, with its own workspace and output."""
@@ -160,8 +162,19 @@ class Bench:
         return median_us(timed, replays)
 
     def time_layer(self, config: Config, replays: int = 20) -> float:
-        """Microseconds of the whole layer."""
-        return median_us([one.run for one in self.passes(config)], replays)
+        """Microseconds of the whole layer; RuntimeError where its output is not that of the rules of thumb."""
+        passes = self.passes(config)
+        for one in passes:
+            one.t.out.fill_(float("nan"))
+        us = median_us([one.run for one in passes], replays)
+        if self._expected is None:
+            [plain, *_] = self.passes(default_config(self.problem, self.card))
+            plain.run()
+            self._expected = plain.t.out.double()
+        error = relative_error(passes[0].t.out, self._expected)
+        if error > 0.03:  # two right ones differ by the bf16 step some skip before requantisation, 1 – 2 %
+            raise RuntimeError(f"wrong output: {error:.4f} from the default configuration's")
+        return us
 
 
 def _rearmed(one: Pass, gemm2: Callable[[], None]) -> Callable[[], None]:

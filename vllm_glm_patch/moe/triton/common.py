@@ -26,10 +26,16 @@ def quantisation_scale(amax):
 def to_fp8(x, scale):
     """x / scale → E4M3, to nearest, ties to even, clamped to ±448. Both fp32, of shapes that broadcast.
 
-    The division is IEEE's, as in vLLM's quantisation: bf16 values often lie on a tie, which a reciprocal would move.
+    The quotient is IEEE's, as in vLLM's quantisation: bf16 values often lie on a tie, which a bare reciprocal would
+    move. On the card it is made from the reciprocal and one exact remainder (Markstein), without branches.
     """
-    x, scale = tl.broadcast(x, scale)
-    x = tl.div_rn(x, scale)
+    if INTERPRETED:
+        x, scale = tl.broadcast(x, scale)
+        x = tl.div_rn(x, scale)
+    else:
+        inverse = tl.div_rn(1.0, scale)
+        quotient = x * inverse
+        x = tl.fma(tl.fma(-quotient, scale, x), inverse, quotient)
     x = tl.minimum(tl.maximum(x, -FP8_MAX), FP8_MAX)
     if INTERPRETED:
         exponent = (x.to(tl.int32, bitcast=True) >> 23) & 0xFF
