@@ -54,7 +54,7 @@ class WithNativeParts(Distribution):
 setup(
     packages=[*find_packages(include=["vllm_glm_patch", "vllm_glm_patch.*"]), "vllm_glm_patch.patches"],
     package_dir={"vllm_glm_patch.patches": "patches"},
-    package_data={"vllm_glm_patch": ["py.typed", "**/*.json"], "vllm_glm_patch.patches": ["*.toml"]},
+    package_data={"vllm_glm_patch": ["py.typed", "moe/tuned/*.json"], "vllm_glm_patch.patches": ["*.toml"]},
     ext_modules=[CMakeExtension(ROOT)],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": AnyPythonWheel},
     distclass=WithNativeParts,

@@ -6,7 +6,7 @@
 Five servers, started one after the other on one card:
   unpatched-guarded   dies on a step of 8192 tokens
   patched-guarded     answers all
-  unpatched           nothing placed: the greedy answers to compare with
+  unpatched           nothing placed: the greedy answers to compare with, until it dies by itself
   uncured-captured    the cure alone switched off, shape policy `captured`: refuses to start and names the kernel
   uncured-kept        the same with shape policy `guarded`: answers all, no step has 8192 tokens
 """
@@ -35,7 +35,7 @@ from typing import Any
 import children
 
 FLAGS = "--enable-chunked-prefill --max-num-batched-tokens 8192 --max-model-len 20000 --gpu-memory-utilization 0.17"
-LENGTHS = (8190, 8191, 12000, 8193, 8192, 16384)
+LENGTHS = (1001, 5003, 8190, 8191, 12000, 8193, 8192, 16384)
 TELLING = (
     "vllm-glm-patch", "  full-step", "  routing-ids", "  scale-over", "Warmed up", "illegal memory", "EngineDead",
     "GPU KV cache size", "guard_scales_plugin", "failed", "The scheduler emits",
@@ -182,15 +182,15 @@ def report(result: dict[str, Any]) -> None:
     all_answered = dict.fromkeys(LENGTHS, "answered")
     checks: dict[str, bool] = {}
     if "unpatched-guarded" in servers:
-        checks["unpatched dies, and not before a step of 8192"] = outcomes("unpatched-guarded") == {
-            8190: "answered",
-            8191: "answered",
-            12000: "died",
-        }
+        before = dict.fromkeys((1001, 5003, 8190, 8191), "answered")
+        checks["unpatched dies, and not before a step of 8192"] = outcomes("unpatched-guarded") == {**before, 12000: "died"}
     if "patched-guarded" in servers:
         checks["patched answers all"] = outcomes("patched-guarded") == all_answered
     if {"patched-guarded", "unpatched"} <= servers.keys():
-        checks["greedy answers with and without the patch are equal"] = tokens("patched-guarded") == tokens("unpatched")
+        both = [length for length, outcome in outcomes("unpatched").items() if outcome == "answered"]
+        checks[f"greedy answers with and without the patch are equal at {both}"] = len(both) >= 4 and all(
+            tokens("patched-guarded").get(length) == tokens("unpatched")[length] for length in both
+        )
     if "uncured-captured" in servers:
         log = " ".join(servers["uncured-captured"]["log"])
         checks["captured without the cure refuses to start and names the kernel"] = (

@@ -221,17 +221,26 @@ def test_a_device_error_in_the_warm_up_stops_the_start_and_says_what_to_set() ->
     assert "VLLM_GLM_PATCH_SHAPE_POLICY=guarded" in text
 
 
-def test_a_fault_in_the_grouped_gemm_is_named() -> None:
-    def fails() -> None:
-        raise RuntimeError("CUDA error: an illegal memory access")
+@pytest.mark.parametrize("disable", [(), ("scale-overread",)])
+def test_a_fault_in_the_grouped_gemm_is_named(fake: Fake, monkeypatch: pytest.MonkeyPatch, disable: tuple[str, ...]) -> None:
+    fake("0.19.1")
+    ops = fake_vllm.load("vllm._custom_ops")
+    vllm_glm_patch.install(Settings(disable=disable))
+    door = ops.cutlass_moe_mm
 
     def dummy_run(num_tokens: int, skip_eplb: bool) -> None:
-        assert full_step_probe.active is not None
-        full_step_probe.active.call("cutlass_moe_mm", torch.ones(160, 3, dtype=torch.int32), fails, (), {})
+        sizes, scales = torch.ones(160, 3, dtype=torch.int32), torch.rand(8, 1)
+        ops.cutlass_moe_mm(sizes, sizes, sizes, scales, sizes, sizes, sizes, sizes, sizes, sizes, True, True)
 
+    monkeypatch.setattr(ops, "seen", SimpleNamespace(append=_illegal_access))
     runner = SimpleNamespace(_dummy_run=dummy_run, get_model=Router)
-    with pytest.raises(full_step.FullStepFailed, match="cutlass_moe_mm over 160 experts"):
+    with pytest.raises(full_step.FullStepFailed, match="cutlass_moe_mm over 160 experts: CUDA error: an illegal"):
         full_step.warm_up(worker_of(runner))
+    assert ops.cutlass_moe_mm is door
+
+
+def _illegal_access(scales: torch.Tensor) -> None:
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
 @pytest.mark.parametrize("failure", [TypeError("unexpected argument"), AssertionError("not this model"), AttributeError("no")])

@@ -120,7 +120,7 @@ def warm_up(worker: Any) -> None:
     options = {"skip_eplb": True} if "skip_eplb" in inspect.signature(run).parameters else {}
     started = time.perf_counter()
     try:
-        with full_step_probe.watching() as probe, _varied_inputs(worker, probe):
+        with full_step_probe.watching() as probe, _varied_inputs(worker, probe), _no_garbage_from_attention(worker):
             run(tokens, **options)
             _wait_for(worker)
             spread = probe.spread()
@@ -189,6 +189,32 @@ def _varied_inputs(worker: Any, probe: full_step_probe.Probe) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def _no_garbage_from_attention(worker: Any) -> Iterator[None]:
+    """Let attention on a CPU put out zeros, as it does on a GPU where there is nothing to attend to.
+
+    vLLM's CPU attention returns its output uninitialised in a dummy run (seen in 0.32.0). NaN in it would reach the
+    router, and all tokens would take the same experts.
+    """
+    on_cpu = str(getattr(worker, "device", "")) == "cpu"
+    modules = worker.model_runner.get_model().modules() if on_cpu else ()
+    backends = [module.impl for module in modules if hasattr(getattr(module, "impl", None), "forward")]
+    for backend in backends:
+        backend.forward = functools.partial(_zeros_from, backend.forward)  # this object's own, before its class's
+    try:
+        yield
+    finally:
+        for backend in backends:
+            del backend.forward
+
+
+def _zeros_from(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    import torch
+
+    result = forward(*args, **kwargs)
+    return result.zero_() if isinstance(result, torch.Tensor) else result
 
 
 def _randomise(tensor: Any, vocabulary: int, touched: list[tuple[Any, Any]]) -> None:

@@ -10,7 +10,7 @@ import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from . import Context, Factory, full_step_probe
+from . import Context, Factory
 from .arguments import Arguments
 
 if TYPE_CHECKING:
@@ -81,10 +81,7 @@ def _grouped_gemm(original: Any) -> Any:
         if arguments.get("per_act_token", args, kwargs):
             scales = with_slack(arguments.get("a_scales", args, kwargs))
             args, kwargs = arguments.replaced(args, kwargs, {"a_scales": scales})
-        if full_step_probe.active is None:
-            return original(*args, **kwargs)
-        sizes = arguments.get("problem_sizes", args, kwargs)
-        return full_step_probe.active.call("cutlass_moe_mm", sizes, original, args, kwargs)
+        return original(*args, **kwargs)
 
     return cutlass_moe_mm
 
