@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -14,7 +15,9 @@ sys.path.append(str(Path(__file__).parent.parent))
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let fixtures clean up on SIGTERM too, so that no server outlives the tests."""
+    """Choose Triton's interpreter where there is no card, before any test imports a kernel; clean up on SIGTERM too."""
+    if not _has_card():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt(signal.Signals(number).name)

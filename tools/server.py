@@ -27,6 +27,7 @@ _TEXT_TOKENS = (*range(32, 127), *range(256, 900))  # printable characters and w
 START_LIMIT = 420.0  # seconds; an unhurried start takes 40
 _ANSWER_LIMIT = 240.0
 _FLAGS = ("--enforce-eager", "--enable-chunked-prefill", "--max-num-batched-tokens", str(BUDGET))
+_NOT_INHERITED = ("VLLM_GLM_PATCH", "_GLM_PATCH", "TRITON_INTERPRET")  # our own switches, and one of the tests
 _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB
@@ -78,7 +79,7 @@ class Server:
             old.unlink(missing_ok=True)
         recorder = folder / "recorder"
         step_recorder.install(recorder)
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_GLM_PATCH")}
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(_NOT_INHERITED)}
         variables = {
             **inherited,
             **_ENVIRONMENT,
