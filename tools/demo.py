@@ -116,18 +116,19 @@ def _in_words(length: int, steps: Sequence[int]) -> str:
     return " + ".join(map(str, steps[:count])) + (f", then {rest} × 1" if rest else "")
 
 
+_STATES = "applied|not needed|switched off|refused|not in this release"
+
+
 def _patches(log: str) -> Table:
     """The table that the plugin wrote into the log of the server."""
-    found = re.search(
-        r"(vllm-glm-patch \S+ on vLLM .*)((?:\n.*?  [a-z-]+ +(?:applied|not needed|switched off|refused)\b.*)+)", log
-    )
+    found = re.search(rf"(vllm-glm-patch \S+ on vLLM .*)((?:\n.*?  [a-z-]+ +(?:{_STATES})\b.*)+)", log)
     if found is None:
         raise ServerFailed("The log of the server holds no table of patches: the plugin did not run.")
     table = Table(title=f"\n{found[1]}", title_justify="left")
     for name in ("patch", "state", "what it is, or why not"):
         table.add_column(name)
     for line in found[2].strip().splitlines():
-        row = re.search(r"  ([a-z-]+) +(applied|not needed|switched off|refused) *(.*)", line)
+        row = re.search(rf"  ([a-z-]+) +({_STATES}) *(.*)", line)
         assert row is not None
         table.add_row(*map(Text, row.groups()))
     return table

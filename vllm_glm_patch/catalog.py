@@ -21,6 +21,7 @@ else:
     import tomli as tomllib
 
 APPLY, NOT_NEEDED, SWITCHED_OFF, REFUSED = "apply", "not needed", "switched off", "refused"
+NOT_MADE = "not in this release"
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Patch:
     affects: SpecifierSet
     """The releases that carry the defect."""
     fix: str
-    """The module of `vllm_glm_patch.fixes` that corrects it; empty where a release of ours has none yet."""
+    """The module of `vllm_glm_patch.fixes` that corrects it; empty where this release has none yet."""
     sites: tuple[Site, ...]
     issues: tuple[int, ...]
     """Numbers of issues and pull requests of vllm-project/vllm."""
@@ -59,6 +60,8 @@ class Patch:
     """How the defect is told from a source tree; see `tools.scan`."""
     signatures: tuple[Mapping[str, Any], ...]
     """How the defect shows in a log; see `fence.diagnose`."""
+    defect: bool = True
+    """False where the entry makes something faster that is not wrong."""
     relies_on: tuple[str, ...] = ()
     """Ids of patches that its default depends on."""
 
@@ -81,7 +84,7 @@ class Decision:
 
     id: str
     state: str
-    """`APPLY`, `NOT_NEEDED`, `SWITCHED_OFF` or `REFUSED`."""
+    """`APPLY`, `NOT_NEEDED`, `SWITCHED_OFF`, `REFUSED` or `NOT_MADE`."""
     reason: str
     patch: Patch | None = None
     sites: tuple[Site, ...] = ()
@@ -135,6 +138,7 @@ def _read(file: Path) -> Patch | Broken:
             issues=tuple(table.get("issues", [])),
             evidence=tuple(table.get("evidence", [])),
             signatures=tuple(table.get("signature", [])),
+            defect=bool(table.get("defect", True)),
             relies_on=tuple(table.get("relies_on", [])),
         )
     except KeyError as error:
@@ -187,6 +191,8 @@ def _decide(entry: Patch | Broken, upstream: Upstream, settings: Settings) -> De
         return Decision(entry.id, REFUSED, why_unknown, entry)
     if not entry.affects.contains(release, prereleases=True):
         return Decision(entry.id, NOT_NEEDED, f"vLLM {release} does not have this defect", entry)
+    if not entry.fix:
+        return Decision(entry.id, NOT_MADE, entry.title, entry)
     sites = entry.sites_for(release)
     for site in sites:
         reason = _why_not(site, upstream)

@@ -31,7 +31,7 @@ class PatchStatus:
 
     id: str
     state: str
-    """``applied``, ``not needed``, ``switched off`` or ``refused``."""
+    """``applied``, ``not needed``, ``switched off``, ``refused`` or ``not in this release``."""
     reason: str
     sites: tuple[tuple[str, str], ...] = ()
     """Each attribute with ``in place`` or ``waits for its import``."""
@@ -52,7 +52,8 @@ class Status:
         """The status as lines of text, one a patch."""
         head = f"vllm-glm-patch {self.version} on vLLM {self.vllm or '(none found)'}, shape policy {self.settings.shape_policy}"
         width = max((len(p.id) for p in self.patches), default=0)
-        rows = [f"  {p.id:<{width}}  {p.state:<12}  {p.reason}".rstrip() for p in self.patches]
+        states = max((len(p.state) for p in self.patches), default=0)
+        rows = [f"  {p.id:<{width}}  {p.state:<{states}}  {p.reason}".rstrip() for p in self.patches]
         return "\n".join([head, *rows])
 
 

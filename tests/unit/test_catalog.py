@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from packaging.version import Version
 
 from vllm_glm_patch import catalog
-from vllm_glm_patch.catalog import APPLY, NOT_NEEDED, REFUSED, SWITCHED_OFF
+from vllm_glm_patch.catalog import APPLY, NOT_MADE, NOT_NEEDED, REFUSED, SWITCHED_OFF
 from vllm_glm_patch.fixes import Context
 from vllm_glm_patch.settings import Settings
 from vllm_glm_patch.upstream import Upstream, find_installed
@@ -90,6 +90,7 @@ def test_switches_turn_off_all_or_one(fake: Fake) -> None:
     assert set(states(Settings(enabled=False)).values()) == {SWITCHED_OFF}
     one = states(Settings(disable=("routing-ids",)))
     assert one.pop("routing-ids") == SWITCHED_OFF
+    assert one.pop("fused-moe") == NOT_MADE
     assert set(one.values()) == {APPLY}
 
 

@@ -84,7 +84,7 @@ def test_every_patch_is_in_the_table_of_the_readme_with_its_releases() -> None:
 
 def test_every_state_of_the_table_at_start_is_explained() -> None:
     rows = re.findall(r"^\| ([a-z ]+) \| ", USAGE.read_text(encoding="utf-8"), re.MULTILINE)
-    assert {"applied", catalog.NOT_NEEDED, catalog.SWITCHED_OFF, catalog.REFUSED} <= set(rows)
+    assert {"applied", catalog.NOT_NEEDED, catalog.SWITCHED_OFF, catalog.REFUSED, catalog.NOT_MADE} <= set(rows)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))

@@ -13,7 +13,12 @@ from ..settings import Settings
 from ..upstream import Upstream, find_installed
 from .output import Table, show, show_json, version_range
 
-HERE = {catalog.APPLY: "needed, can be applied", catalog.NOT_NEEDED: "not needed", catalog.REFUSED: "refused"}
+HERE = {
+    catalog.APPLY: "needed, can be applied",
+    catalog.NOT_NEEDED: "not needed",
+    catalog.REFUSED: "refused",
+    catalog.NOT_MADE: "not in this release",
+}
 
 
 def command(

@@ -36,8 +36,9 @@ def wanted_files(path: Path | None = None) -> tuple[str, ...]:
 
 
 def judge(target: Target, path: Path | None = None) -> list[Finding]:
-    """One finding for each entry of the catalog, in its order."""
-    return [_judge(entry, target) for entry in catalog.load(path)]
+    """One finding for each defect of the catalog, in its order."""
+    entries = [entry for entry in catalog.load(path) if isinstance(entry, catalog.Broken) or entry.defect]
+    return [_judge(entry, target) for entry in entries]
 
 
 def _judge(entry: catalog.Patch | catalog.Broken, target: Target) -> Finding:
