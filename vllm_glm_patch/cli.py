@@ -21,7 +21,7 @@ EXIT_CODES = """Exit codes of every command:
 
 app = typer.Typer(
     name="vllm-glm-patch",
-    help="Keeps GLM-4.6-FP8 up and fast on Hopper: what is patched in vLLM, and what is wrong with it.",
+    help="Keeps GLM-4.6-FP8 up on Hopper: what is patched in vLLM, and what is wrong with it.",
     epilog=EXIT_CODES,
     no_args_is_help=True,
     add_completion=False,

@@ -41,9 +41,13 @@ class Settings:
         """Read the VLLM_GLM_PATCH* variables.
 
         Raises:
-            UserError: a value is not one that is allowed; the text lists those that are.
+            UserError: a variable is unknown or its value not allowed; the text lists what is.
         """
         environ = os.environ if environ is None else environ
+        known = {f.metadata["env"] for f in fields(cls)}
+        for name in environ:
+            if name.startswith(PREFIX) and name not in known and not name.startswith(f"{PREFIX}_FENCE"):
+                raise UserError(f"The variable {name} is not known; known are {', '.join(sorted(known))}.")
         given = {f.name: environ[f.metadata["env"]] for f in fields(cls) if f.metadata["env"] in environ}
         return cls().with_values(given, {f.name: f.metadata["env"] for f in fields(cls)})
 

@@ -10,7 +10,7 @@ import pytest
 
 from vllm_glm_patch.fence import report as report_module
 from vllm_glm_patch.fence.coredump import commands, parse
-from vllm_glm_patch.fence.journal import Journal, read_journal
+from vllm_glm_patch.fence.journal import Journal, Row, read_journal
 from vllm_glm_patch.fence.report import locate, report
 from vllm_glm_patch.fence.rerun import search_size
 from vllm_glm_patch.fence.stacks import StackRecorder, read_stacks
@@ -195,3 +195,30 @@ def test_the_search_by_rerun_stops_where_the_fault_does_not_return() -> None:
 def test_page_is_what_the_journal_says(fence: Fence) -> None:
     fence.malloc(1)
     assert journal_of(fence).granularity == PAGE
+
+
+SEEN_ON_AN_H100 = """Opening GPU coredump: core-1122.nvcudmp
+[Current focus set to CUDA kernel 0, grid 3, block (0,0,0), thread (0,0,0), device 0, sm 124, warp 2, lane 0]
+
+CUDA Exception: Warp Illegal Address
+The exception was triggered at PC 0x7f3bc37ad1e0  reads_past_the_end  (over-read.py:5)
+#0  0x00007f3bc37ad200 in reads_past_the_end<<<(1,1,1),(128,1,1)>>> () at over-read.py:5
+
+@@glm-fence code
+*> 0x7f3bc37ad1e0 <reads_past_the_end+224>:\tLDG.E R5,desc[UR4][R4.64]
+
+@@glm-fence lane 0
+CUDA focus unchanged.
+R3             0x7f3b              32571
+R4             0xc0a00000          3231711232
+R5             0x0                 0
+"""
+
+
+def test_a_load_that_overwrote_half_of_its_address_still_points_to_the_block() -> None:
+    """cuda-gdb 13.0 on a dump of driver 580.159.04: the register that the load writes already holds its result, zero."""
+    block = Row(0x7F3BC09F8000, 32768, 0x7F3BC0800000, 0x7F3BC0A00000, 0, 7, 0, 1, 0, 0)
+    other = Row(0x7F3A00000000, 2 << 20, 0x7F3A00000000, 0x7F3A00200000, 0, 8, 0, 1, 0, 0)
+    place, certain = locate(parse(SEEN_ON_AN_H100), Journal(1122, 2 << 20, 512, False, (other, block)))
+    assert place is not None
+    assert (place.row, place.where, place.distance, certain) == (block, "past the end", 0, False)

@@ -71,6 +71,12 @@ def test_a_wrong_variable_is_named(variable: str, value: str, told: str) -> None
     assert told in str(error.value)
 
 
+def test_a_misspelt_variable_is_named_and_those_of_the_fence_are_not_ours() -> None:
+    with pytest.raises(UserError, match=r"VLLM_GLM_PATCH_SHAPE_POLCY is not known; known are VLLM_GLM_PATCH, "):
+        Settings.from_environment({"VLLM_GLM_PATCH_SHAPE_POLCY": "off"})
+    assert Settings.from_environment({"VLLM_GLM_PATCH_FENCE": "1", "VLLM_GLM_PATCH_FENCE_ALIGN": "512"}) == Settings()
+
+
 @pytest.mark.parametrize(
     ("config", "told"),
     [

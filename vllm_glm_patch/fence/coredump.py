@@ -63,6 +63,16 @@ class CoreDump:
                     found.append(address)
         return found
 
+    def low_addresses(self) -> list[int]:
+        """The lower 32 bits of the addresses, where the instruction overwrote the upper half, as `LDG.E R5, [R4.64]` does."""
+        found = []
+        for number in re.findall(r"\[R(\d+)\.64[^\[\]]*\]", self.instruction)[-1:]:
+            for lane in self.registers:
+                low = lane.get(f"R{number}")
+                if low and low not in found:
+                    found.append(low)
+        return found
+
     def pointers(self) -> list[int]:
         """Every value that two neighbouring registers of a lane make up."""
         found: dict[int, None] = {}

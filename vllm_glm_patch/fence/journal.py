@@ -77,6 +77,16 @@ class Journal:
             return Place(address, row, "before the start", row.address - address)
         return Place(address, row, "inside", address - row.address)
 
+    def behind(self, low: int) -> list[int]:
+        """The addresses with these lower 32 bits that lie in the guard of a block listed here."""
+        found = []
+        for row in self.rows:
+            guard = row.mapped_begin - self.granularity if self.guard_before else row.mapped_end
+            address = guard + (low - guard) % 2**32
+            if address < guard + self.granularity:
+                found.append(address)
+        return found
+
     def is_guard(self, address: int) -> bool:
         """Does `address` lie in an unmapped page that belongs to a block listed here?"""
         place = self.locate(address)

@@ -103,7 +103,8 @@ def report(core: Path) -> FaultReport:
 
 def locate(dump: CoreDump, journal: Journal) -> tuple[Place | None, bool]:
     """The block that the fault ran past, and whether the faulting instruction itself says so."""
-    for addresses, certain in ((dump.addresses(), True), (dump.pointers(), False)):
+    likely = [address for low in dump.low_addresses() for address in journal.behind(low)]
+    for addresses, certain in ((dump.addresses(), True), (likely, False), (dump.pointers(), False)):
         places = [place for address in addresses if journal.is_guard(address) and (place := journal.locate(address))]
         if places:  # live blocks before freed ones, then the one that was missed by the fewest bytes
             return min(places, key=lambda place: (not place.row.live, place.distance)), certain
