@@ -243,7 +243,23 @@ def _illegal_access(scales: torch.Tensor) -> None:
     raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
-@pytest.mark.parametrize("failure", [TypeError("unexpected argument"), AssertionError("not this model"), AttributeError("no")])
+def test_running_out_of_memory_is_told_with_what_to_lower(caplog: pytest.LogCaptureFixture) -> None:
+    full_step.warm_up(worker_of(Runner(failure=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB"))))
+    assert "serving goes on. Lower --gpu-memory-utilization" in caplog.text
+
+
+def test_tensors_of_inference_mode_are_varied_and_put_back() -> None:
+    with torch.inference_mode():
+        runner = Runner(ids=torch.zeros(8192, dtype=torch.int32))
+    full_step.warm_up(worker_of(runner))
+    assert len(runner.seen[0].unique()) > 900
+    assert not any(runner.ids)
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [TypeError("unexpected argument"), AssertionError("not this model"), AttributeError("no"), RuntimeError("not on a device")],
+)
 def test_a_dummy_run_that_does_not_fit_is_told_and_serving_goes_on(
     failure: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -109,9 +109,14 @@ def _warm_up_after(context: Context, original: Any) -> Any:
 def warm_up(worker: Any) -> None:
     """Run the full-budget step once, with tokens that are routed to all experts.
 
+    A device that reports an error is lost to this process, so that ends the start. Whatever else goes wrong is told,
+    and serving goes on: it says nothing against a step that traffic takes another way.
+
     Raises:
         FullStepFailed: the device reported an error; the text names the kernel where it is known.
     """
+    import torch
+
     tokens = full_step(worker.vllm_config)
     run = getattr(worker.model_runner, "_dummy_run", None)
     if run is None:
@@ -120,22 +125,26 @@ def warm_up(worker: Any) -> None:
     options = {"skip_eplb": True} if "skip_eplb" in inspect.signature(run).parameters else {}
     started = time.perf_counter()
     try:
-        with full_step_probe.watching() as probe, _varied_inputs(worker, probe), _no_garbage_from_attention(worker):
+        with (
+            torch.inference_mode(),  # the runner's own tensors may be of that kind, and then change only in it
+            full_step_probe.watching() as probe,
+            _varied_inputs(worker, probe),
+            _no_garbage_from_attention(worker),
+        ):
             run(tokens, **options)
             _wait_for(worker)
             spread = probe.spread()
-    except RuntimeError as error:
+    except Exception as error:
+        if not _is_device_error(error):
+            advice = " Lower --gpu-memory-utilization." if isinstance(error, torch.OutOfMemoryError) else ""
+            told = f"{type(error).__name__}: {_first_line(error)}"
+            logger.warning("The step of %d tokens could not be warmed up (%s); serving goes on.%s", tokens, told, advice)
+            return
         raise FullStepFailed(
             f"The step of {tokens} tokens (max_num_batched_tokens) failed while it was warmed up, in "
             f"{_where(error)}. Set VLLM_GLM_PATCH_SHAPE_POLICY=guarded so that it is never scheduled, or =off to start "
-            "without this warm-up. Out of memory: lower --gpu-memory-utilization. `vllm-glm-patch doctor` tells what is known "
-            "of this vLLM."
+            "without this warm-up; `vllm-glm-patch doctor` tells what is known of this vLLM."
         ) from error
-    except (TypeError, AttributeError, AssertionError, ValueError, NotImplementedError, KeyError) as error:
-        logger.warning(
-            "The step of %d tokens could not be warmed up (%s: %s); serving goes on.", tokens, type(error).__name__, error
-        )
-        return
     seconds = time.perf_counter() - started
     logger.info("Warmed up the step of %d tokens in %.2f s; %s.", tokens, seconds, spread or "its routing could not be seen")
     if spread is not None and spread.used * 2 < spread.experts:
@@ -144,11 +153,19 @@ def warm_up(worker: Any) -> None:
         )
 
 
+def _is_device_error(error: BaseException) -> bool:
+    by_name = type(error).__name__ in ("KernelFailed", "AcceleratorError")
+    return by_name or (isinstance(error, RuntimeError) and "CUDA error" in str(error))
+
+
 def _where(error: BaseException) -> str:
     if isinstance(error, full_step_probe.KernelFailed):
         return str(error)
-    text = (str(error).strip().splitlines() or ["no text"])[0]
-    return f"a kernel that could not be pinned down ({type(error).__name__}: {text})"
+    return f"a kernel that could not be pinned down ({type(error).__name__}: {_first_line(error)})"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or ["no text"])[0]
 
 
 def _wait_for(worker: Any) -> None:
