@@ -4,7 +4,7 @@ PYTHON ?= $(or $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/
 VENV := .venv/bin
 
 # One plain command a line: make runs those without a shell between, so a signal to make reaches them.
-.PHONY: demo test environment
+.PHONY: demo test matrix environment
 demo:
 	@$(PYTHON) -m tools.environment
 	@$(VENV)/python -m tools.demo
@@ -15,6 +15,11 @@ test:
 	$(VENV)/ruff format --check .
 	$(VENV)/mypy
 	$(VENV)/pytest
+
+# Every published vLLM release; fetches what is not in .cache/vllm-sources, writes docs/versions.md.
+matrix:
+	@$(PYTHON) -m tools.environment --dev
+	$(VENV)/python -m tools.matrix
 
 environment:
 	@$(PYTHON) -m tools.environment --dev

@@ -1,0 +1,150 @@
+"""The replacements under the signatures and calls of real releases, from stored records; and that the checks can fail."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tools import matrix_calls, matrix_source
+from tools.matrix_source import Call, Record, Value
+from vllm_glm_patch import catalog
+from vllm_glm_patch.fixes import full_step, routing_ids, scale_slack
+
+STORED = sorted((Path(__file__).parent / "data" / "calls").glob("*.json"))
+DOCUMENT = Path(__file__).parents[2] / "docs" / "versions.md"
+
+
+def load(version: str) -> Record:
+    """The stored record of one release."""
+    (file,) = (file for file in STORED if file.stem == version)
+    return Record.from_json(json.loads(file.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("version", [file.stem for file in STORED])
+def test_every_replacement_keeps_its_promise_as_this_release_calls_it(version: str) -> None:
+    record = load(version)
+    outcome = matrix_calls.check(record)
+    assert not outcome.problems
+    assert outcome.calls >= sum(len(function.calls) for function in record.functions) > 0
+
+
+def test_releases_of_every_way_to_call_the_moe_layer_are_stored() -> None:
+    assert {"0.10.1.1", "0.10.2", "0.17.1", "0.32.0"} <= {file.stem for file in STORED}
+    assert {function.role for version in ("0.10.1.1", "0.17.1") for function in load(version).functions} == {
+        "scheduler", "worker", "apply", "run", "grouped-gemm", "quantise",
+    }  # fmt: skip
+
+
+def test_a_stored_record_comes_back_as_it_was() -> None:
+    record = load("0.17.1")
+    assert Record.from_json(json.loads(json.dumps(record.to_json()))) == record
+
+
+def test_the_document_says_for_every_release_what_the_catalog_says() -> None:
+    lines = [line.strip("| ").split(" | ") for line in DOCUMENT.read_text(encoding="utf-8").splitlines() if line[:1] == "|"]
+    ids = re.findall(r"\[([a-z-]+)\]", " ".join(lines[0]))
+    rows = {line[0]: dict(zip(ids, line[1:])) for line in lines if re.fullmatch(r"[\d.]+", line[0])}
+    assert list(rows) == list(catalog.releases()), "run `make matrix`"
+    for patch in catalog.patches():
+        for release in catalog.releases():
+            has_it = patch.affects.contains(release)
+            expected = catalog.NOT_NEEDED if not has_it else "applied" if patch.fix else catalog.NOT_MADE
+            assert rows[release][patch.id] == expected, "run `make matrix`"
+
+
+# The checks can fail.
+
+
+@pytest.mark.parametrize(
+    ("version", "module", "name", "broken", "complaint"),
+    [
+        ("0.17.1", scale_slack, "with_slack", lambda scales: scales, "only 0 bytes behind a_scales"),
+        ("0.17.1", scale_slack, "SLACK", 7, "only 28 bytes behind"),
+        ("0.10.1.1", full_step, "guard", lambda scheduler: None, "the budget under guarded"),
+        ("0.10.2", full_step, "warm_up", lambda worker: None, "0 dummy runs"),
+    ],
+    ids=["slack of GEMM1", "28 bytes", "guard", "warm-up"],
+)
+def test_a_fix_that_does_nothing_or_too_little_is_found(
+    monkeypatch: pytest.MonkeyPatch, version: str, module: Any, name: str, broken: Any, complaint: str
+) -> None:
+    monkeypatch.setattr(module, name, broken)
+    assert any(complaint in problem for problem in matrix_calls.check(load(version)).problems)
+
+
+@pytest.mark.parametrize("version", ["0.10.1.1", "0.10.2", "0.32.0"])
+def test_ids_that_are_not_guarded_are_found(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    def nothing(ids: torch.Tensor, weights: torch.Tensor, experts: int, scales: Any = None) -> routing_ids.Routing:
+        return routing_ids.Routing(ids, weights, scales)
+
+    monkeypatch.setattr(routing_ids, "sanitise", nothing)
+    assert any("ids out of range arrive" in problem for problem in matrix_calls.check(load(version)).problems)
+
+
+def changed(record: Record, which: str, **more: Any) -> Record:
+    """The record with the functions of one role changed."""
+    return replace(record, functions=tuple(replace(f, **more) if f.role == which else f for f in record.functions))
+
+
+def test_a_call_that_the_signature_does_not_take_is_found() -> None:
+    wrong = Call("vllm/some.py", (), {"no_such_argument": Value(False)})
+    problems = matrix_calls.check(changed(load("0.17.1"), "run", calls=(wrong,))).problems
+    assert len(problems) == 1
+    assert "called in vllm/some.py" in problems[0]
+
+
+def test_a_parameter_that_the_fix_reads_and_a_release_has_not_is_found() -> None:
+    record = load("0.17.1")
+    (function,) = (f for f in record.functions if f.role == "run")
+    renamed = tuple(replace(p, name="ids") if p.name == "topk_ids" else p for p in function.parameters)
+    problems = matrix_calls.check(changed(record, "run", parameters=renamed)).problems
+    assert any("topk_ids" in problem for problem in problems)
+
+
+def test_a_function_that_nothing_calls_and_a_role_without_a_check_are_found() -> None:
+    record = load("0.17.1")
+    assert "nothing in this release calls it" in matrix_calls.check(changed(record, "run", calls=())).problems[0]
+    assert "has no check" in matrix_calls.check(changed(record, "run", role="new")).problems[0]
+
+
+def test_a_scheduler_that_keeps_its_budget_elsewhere_is_found() -> None:
+    problems = matrix_calls.check(changed(load("0.17.1"), "scheduler", sets=("vllm_config", "scheduler_config"))).problems
+    assert any("max_num_scheduled_tokens" in problem for problem in problems)
+
+
+# Reading a release.
+
+
+def test_declarations_and_calls_are_read_from_source_without_running_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {
+        "__init__.py": "raise RuntimeError\n",
+        "_custom_ops.py": "def cutlass_moe_mm(a, /, b, c=3, *, d=None, e=make()):\n    raise RuntimeError\n",
+        "engine/arg_utils.py": "class EngineArgs:\n    def create_engine_config(self): ...\n",
+        "layer.py": "ops.cutlass_moe_mm(x, 2, d=True)\ncutlass_moe_mm(*many)\ntorch.ops._C.cutlass_moe_mm(x)\n",
+    }
+    for name, text in files.items():
+        (tmp_path / "vllm" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "vllm" / name).write_text(text)
+    (patch,) = (p for p in catalog.patches() if p.id == "scale-overread")
+    only = replace(patch, sites=tuple(site for site in patch.sites if site.role == "grouped-gemm"))
+    monkeypatch.setattr(catalog, "patches", lambda: [only])
+    record = matrix_source.read(tmp_path, "0.17.1")
+    assert record.missing == ()
+    (function,) = record.functions
+    assert str(function.signature()) == "(a, /, b, c=3, *, d=None, e='computed')"
+    assert function.calls == (Call("vllm/layer.py", (Value(False), Value(True, 2)), {"d": Value(True, True)}),)
+
+
+def test_what_a_release_does_not_have_is_named(tmp_path: Path) -> None:
+    (tmp_path / "vllm").mkdir()
+    missing = matrix_source.read(tmp_path, "0.17.1").missing
+    assert "vllm._custom_ops.cutlass_moe_mm" in missing
+    assert "vllm.engine.arg_utils.EngineArgs.create_engine_config" in missing

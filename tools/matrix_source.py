@@ -1,0 +1,276 @@
+"""Reads from a release's source, without running it, how what we replace is declared there and how it is called."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from packaging.version import Version
+
+from vllm_glm_patch import catalog
+from vllm_glm_patch.upstream import Upstream
+
+
+@dataclass(frozen=True)
+class Callers:
+    """Where a release calls what a role replaces."""
+
+    files: str
+    """Glob below the package vllm."""
+    called: str
+    """Regular expression for the text of the called expression."""
+    by_name: str = ""
+    """Where set, the call names the method as its first argument and passes nothing to it."""
+
+
+_WORKERS = Callers("v1/**/*.py", r"(?:self\.)?(?:\w+\.)*collective_rpc", by_name="compile_or_warm_up_model")
+CALLERS: Mapping[str, Callers] = {
+    "grouped-gemm": Callers("**/*.py", r"(?:custom_ops\.|ops\.)?cutlass_moe_mm"),
+    "quantise": Callers("**/*.py", r"(?:custom_ops\.|ops\.)?scaled_fp8_quant"),
+    "run": Callers("model_executor/layers/fused_moe/**/*.py", r"run_cutlass_moe_fp8"),
+    "apply": Callers("model_executor/layers/fused_moe/modular_kernel.py", r"self\.fused_experts\.apply"),
+    "scheduler": Callers("v1/engine/core.py", r"Scheduler"),
+    "worker": _WORKERS,
+}
+OPERATOR = "torch.ops._C.dynamic_per_token_scaled_fp8_quant"
+"""The operator of vLLM that a fix calls itself."""
+CONFIG_FIELDS = ("max_num_batched_tokens", "max_num_scheduled_tokens", "enable_chunked_prefill", "chunked_prefill_enabled")
+SCHEDULER_ATTRIBUTES = ("vllm_config", "scheduler_config", "max_model_len", "max_num_scheduled_tokens")
+OBSERVED = (("vllm.engine.arg_utils", "EngineArgs.create_engine_config"),)
+"""What is only looked at, so that it needs no fingerprint, but must exist."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """An argument or default as the source writes it."""
+
+    known: bool
+    """False where the source computes it."""
+    constant: Any = None
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a function."""
+
+    name: str
+    kind: str
+    """The name of one of `inspect.Parameter`'s kinds."""
+    default: Value | None
+    """None where it has none."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """How one place passes its arguments."""
+
+    file: str
+    positional: tuple[Value, ...]
+    keywords: Mapping[str, Value]
+
+
+@dataclass(frozen=True)
+class Function:
+    """One attribute that a patch replaces, as one release has it."""
+
+    patch: str
+    role: str
+    site: str
+    is_method: bool
+    parameters: tuple[Parameter, ...]
+    calls: tuple[Call, ...]
+    sets: tuple[str, ...]
+    """Those of `SCHEDULER_ATTRIBUTES` that it assigns to self."""
+
+    def signature(self) -> inspect.Signature:
+        """The signature; a default that the source computes is the text ``computed``."""
+        return signature(self.parameters)
+
+
+@dataclass(frozen=True)
+class Record:
+    """All that the checks of `matrix_calls` need of one release; none of its code."""
+
+    version: str
+    functions: tuple[Function, ...]
+    config_fields: tuple[str, ...]
+    """Those of `CONFIG_FIELDS` that its SchedulerConfig has."""
+    dummy_runs: Mapping[str, tuple[Parameter, ...]]
+    """By file, the parameters of ``_dummy_run`` of each model runner."""
+    operator_arguments: int
+    """How many arguments the release passes to `OPERATOR`."""
+    missing: tuple[str, ...]
+    """Those of `OBSERVED` that it does not have, and functions that cannot be found or are called nowhere."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, table: Mapping[str, Any]) -> Record:
+        runs = {file: _parameters(rows) for file, rows in table["dummy_runs"].items()}
+        return cls(
+            table["version"], tuple(map(_function, table["functions"])), tuple(table["config_fields"]), runs,
+            table["operator_arguments"], tuple(table["missing"]),
+        )  # fmt: skip
+
+
+def signature(parameters: tuple[Parameter, ...]) -> inspect.Signature:
+    """The signature that these parameters make."""
+
+    def one(parameter: Parameter) -> inspect.Parameter:
+        default = parameter.default
+        value = inspect.Parameter.empty if default is None else default.constant if default.known else "computed"
+        return inspect.Parameter(parameter.name, getattr(inspect.Parameter, parameter.kind), default=value)
+
+    return inspect.Signature(list(map(one, parameters)))
+
+
+def read(folder: Path, version: str) -> Record:
+    """Read a release's source tree or unpacked wheel."""
+    source = _Source(folder)
+    missing = [f"{module}.{name}" for module, name in OBSERVED if source.definition(module, name) is None]
+    functions = []
+    for patch in catalog.patches():
+        if not patch.fix or not patch.affects.contains(version):
+            continue
+        for site in patch.sites_for(Version(version)):
+            function = _read_site(source, patch.id, site)
+            if function is None:
+                missing.append(str(site))
+            else:
+                functions.append(function)
+    operator = list(source.calls(Callers("_custom_ops.py", re.escape(OPERATOR))))
+    return Record(
+        version, tuple(functions), _config_fields(source), dict(_dummy_runs(source)),
+        len(operator[0].positional) if operator else 0, tuple(missing),
+    )  # fmt: skip
+
+
+class _Source:
+    """The package vllm of one release; each file is parsed once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / "vllm"
+        self._trees: dict[Path, ast.Module] = {}
+
+    def tree(self, file: Path) -> ast.Module:
+        if file not in self._trees:
+            self._trees[file] = ast.parse(file.read_text(encoding="utf-8"))
+        return self._trees[file]
+
+    def files(self, glob: str, word: str) -> Iterator[Path]:
+        for file in sorted(self.root.glob(glob)):
+            if word in file.read_text(encoding="utf-8"):
+                yield file
+
+    def definition(self, module: str, name: str) -> ast.FunctionDef | None:
+        file = Upstream(self.root, "").source_of(module)
+        node: ast.AST | None = self.tree(file) if file.is_file() else None
+        for part in name.split("."):
+            found = [n for n in getattr(node, "body", []) if getattr(n, "name", None) == part]
+            node = found[-1] if found else None
+        return node if isinstance(node, ast.FunctionDef) else None
+
+    def calls(self, callers: Callers) -> Iterator[Call]:
+        """The calls whose arguments the source spells out; one with ``*`` or ``**`` shows nothing and is left out."""
+        word = callers.by_name or re.split(r"[^\w]", callers.called)[-1]
+        for file in self.files(callers.files, word):
+            name = file.relative_to(self.root.parent).as_posix()
+            for node in ast.walk(self.tree(file)):
+                if isinstance(node, ast.Call) and re.fullmatch(callers.called, ast.unparse(node.func)):
+                    call = _by_name(name, node, callers.by_name) if callers.by_name else _call(name, node)
+                    if call is not None:
+                        yield call
+
+
+def _read_site(source: _Source, patch: str, site: catalog.Site) -> Function | None:
+    node = source.definition(site.module, site.name)
+    if node is None:
+        return None
+    calls = tuple(source.calls(CALLERS[site.role])) if site.role in CALLERS else ()
+    assigned = {
+        target.attr
+        for inner in ast.walk(node)
+        if isinstance(inner, (ast.Assign, ast.AnnAssign))
+        for target in (inner.targets if isinstance(inner, ast.Assign) else [inner.target])
+        if isinstance(target, ast.Attribute) and ast.unparse(target.value) == "self"
+    }
+    sets = tuple(name for name in SCHEDULER_ATTRIBUTES if name in assigned)
+    return Function(patch, site.role, str(site), "." in site.name, _declared(node.args), calls, sets)
+
+
+def _declared(arguments: ast.arguments) -> tuple[Parameter, ...]:
+    positional = [*arguments.posonlyargs, *arguments.args]
+    defaults = [*[None] * (len(positional) - len(arguments.defaults)), *arguments.defaults]
+    found = [
+        Parameter(a.arg, "POSITIONAL_ONLY" if index < len(arguments.posonlyargs) else "POSITIONAL_OR_KEYWORD", _default(d))
+        for index, (a, d) in enumerate(zip(positional, defaults))
+    ]
+    if arguments.vararg:
+        found.append(Parameter(arguments.vararg.arg, "VAR_POSITIONAL", None))
+    found += [Parameter(a.arg, "KEYWORD_ONLY", _default(d)) for a, d in zip(arguments.kwonlyargs, arguments.kw_defaults)]
+    if arguments.kwarg:
+        found.append(Parameter(arguments.kwarg.arg, "VAR_KEYWORD", None))
+    return tuple(found)
+
+
+def _default(node: ast.expr | None) -> Value | None:
+    return None if node is None else _value(node)
+
+
+def _value(node: ast.expr) -> Value:
+    plain = isinstance(node, ast.Constant) and (node.value is None or isinstance(node.value, (bool, int, float, str)))
+    return Value(True, node.value) if plain and isinstance(node, ast.Constant) else Value(False)
+
+
+def _call(file: str, node: ast.Call) -> Call | None:
+    if any(isinstance(argument, ast.Starred) for argument in node.args) or any(k.arg is None for k in node.keywords):
+        return None
+    return Call(file, tuple(map(_value, node.args)), {k.arg: _value(k.value) for k in node.keywords if k.arg})
+
+
+def _by_name(file: str, node: ast.Call, name: str) -> Call | None:
+    names_it = bool(node.args) and isinstance(node.args[0], ast.Constant) and node.args[0].value == name
+    passes = len(node.args) > 1 or any(k.arg in ("args", "kwargs", None) for k in node.keywords)
+    return Call(file, (), {}) if names_it and not passes else None
+
+
+def _config_fields(source: _Source) -> tuple[str, ...]:
+    fields: set[str] = set()
+    for glob in ("config.py", "config/scheduler.py"):
+        for file in source.files(glob, "class SchedulerConfig"):
+            for node in ast.walk(source.tree(file)):
+                if isinstance(node, ast.ClassDef) and node.name == "SchedulerConfig":
+                    fields |= {
+                        n.target.id for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
+                    }
+                    fields |= {n.name for n in node.body if isinstance(n, ast.FunctionDef)}
+    return tuple(name for name in CONFIG_FIELDS if name in fields)
+
+
+def _dummy_runs(source: _Source) -> Iterator[tuple[str, tuple[Parameter, ...]]]:
+    for glob in ("v1/worker/gpu_model_runner.py", "v1/worker/gpu/model_runner.py"):
+        for file in source.files(glob, "def _dummy_run"):
+            for node in ast.walk(source.tree(file)):
+                if isinstance(node, ast.FunctionDef) and node.name == "_dummy_run":
+                    yield file.relative_to(source.root.parent).as_posix(), _declared(node.args)
+
+
+def _function(table: Mapping[str, Any]) -> Function:
+    calls = tuple(
+        Call(c["file"], tuple(Value(**v) for v in c["positional"]), {k: Value(**v) for k, v in c["keywords"].items()})
+        for c in table["calls"]
+    )
+    return Function(
+        table["patch"], table["role"], table["site"], table["is_method"], _parameters(table["parameters"]), calls,
+        tuple(table["sets"]),
+    )  # fmt: skip
+
+
+def _parameters(rows: list[Mapping[str, Any]]) -> tuple[Parameter, ...]:
+    return tuple(Parameter(r["name"], r["kind"], Value(**r["default"]) if r["default"] else None) for r in rows)
