@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from . import installation
+from . import installation, synthetic
 from .log import follow_vllm, logger
 from .settings import PREFIX, Settings
 
@@ -20,6 +20,7 @@ def register() -> None:
         from . import fence
 
         fence.install_from_environment()
+    synthetic.offer()  # with VLLM_GLM_PATCH=0 too: both sides of a comparison load the same weights
     settings = Settings.from_environment()
     if not settings.enabled:
         logger.info("VLLM_GLM_PATCH=0: vLLM runs unpatched.")

@@ -5,6 +5,6 @@ from __future__ import annotations
 from vllm_glm_patch.tools.model.cli import command
 from vllm_glm_patch.tools.model.report import ModelReport
 from vllm_glm_patch.tools.model.spec import PRESETS, ModelSpec, spec_for
-from vllm_glm_patch.tools.model.write import write_model
+from vllm_glm_patch.tools.model.write import write_config, write_model
 
-__all__ = ["PRESETS", "ModelReport", "ModelSpec", "command", "spec_for", "write_model"]
+__all__ = ["PRESETS", "ModelReport", "ModelSpec", "command", "spec_for", "write_config", "write_model"]

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from types import FrameType
@@ -18,8 +19,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from vllm_glm_patch.tools.model.report import ModelReport
-from vllm_glm_patch.tools.model.spec import spec_for
-from vllm_glm_patch.tools.model.write import write_model
+from vllm_glm_patch.tools.model.spec import ModelSpec, spec_for
+from vllm_glm_patch.tools.model.write import write_config, write_model
 
 
 class Preset(str, Enum):
@@ -53,6 +54,11 @@ def command(
     ),
     seed: int = typer.Option(0, help="The same seed gives the same bytes; fp8 and bf16 are then the same model."),
     vocab: Optional[int] = typer.Option(None, help="Vocabulary size. [default: 1024 for tiny, else 151552]"),
+    config_only: bool = typer.Option(
+        False,
+        "--config-only",
+        help="No weights: config, tokenizer and chat template for `vllm serve OUT --load-format glm_patch_synthetic`.",
+    ),
     as_json: bool = typer.Option(False, "--json", help="Print the report as JSON; the progress bar stays on stderr."),
 ) -> None:
     """Write a synthetic GLM-4.6: real names, dtypes and shapes, seeded weights, tokens spread over all experts.
@@ -66,6 +72,11 @@ def command(
         seed=seed,
         vocab=vocab,
     )
+    if config_only:
+        with _stopped_cleanly():
+            path = write_config(out, spec)
+        _tell_config(path, spec, as_json)
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with (
         _stopped_cleanly(),
@@ -77,6 +88,14 @@ def command(
         typer.echo(json.dumps(report.as_dict(), indent=2))
     else:
         Console().print(_table(report))
+
+
+def _tell_config(path: Path, spec: ModelSpec, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps({"path": str(path), "spec": asdict(spec)}, indent=2))
+    else:
+        typer.echo(f"{path} has config and tokenizer of {spec.preset} in {spec.weight_format}, and no weights. Serve it with")
+        typer.echo(f"vllm serve {path} --load-format glm_patch_synthetic")
 
 
 def _table(report: ModelReport) -> Table:

@@ -13,8 +13,8 @@ from vllm_glm_patch.tools.model.vocabulary import first_special
 if TYPE_CHECKING:
     import torch
 
-_TOKENS = 8192  # the step this project is about
-_RMS_EPS = 1e-5
+TOKENS = 8192  # the step this project is about
+RMS_EPS = 1e-5
 # A load without any pattern has sqrt((experts / top_k - 1) / tokens): 0.05 for 160 experts, top 8 and 8192 tokens.
 # All tokens alike give sqrt(experts / top_k - 1): 1.7 for tiny, 4.4 for GLM-4.6.
 _SPREAD_BELOW = 0.35
@@ -76,7 +76,7 @@ def load_of(ids: torch.Tensor, experts: int) -> ExpertLoad:
     )
 
 
-def measure(folder: Path, spec: ModelSpec, tokens: int = _TOKENS) -> ExpertLoad:
+def measure(folder: Path, spec: ModelSpec, tokens: int = TOKENS) -> ExpertLoad:
     """Route random tokens with the gate of the first MoE layer of the checkpoint in `folder`.
 
     The gate gets what a token brings by itself: its embedding under the layer's norm. Attention and dense layers
@@ -99,7 +99,7 @@ def measure(folder: Path, spec: ModelSpec, tokens: int = _TOKENS) -> ExpertLoad:
         rows = file.get_slice(embedding)
         hidden = torch.cat([rows[row : row + 1] for row in ids.tolist()]).float()
     layer = f"model.layers.{spec.num_dense_layers}"
-    hidden *= (hidden.square().mean(-1, keepdim=True) + _RMS_EPS).rsqrt()
+    hidden *= (hidden.square().mean(-1, keepdim=True) + RMS_EPS).rsqrt()
     hidden *= read(f"{layer}.post_attention_layernorm.weight").float()
     gate, bias = read(f"{layer}.mlp.gate.weight"), read(f"{layer}.mlp.gate.e_score_correction_bias")
     return load_of(route(hidden, gate, bias, spec.top_k), spec.num_experts)

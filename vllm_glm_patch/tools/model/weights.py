@@ -43,11 +43,11 @@ def _random(tensor: Tensor, seed: int) -> Iterator[bytes]:
     for start in range(0, rows, step):
         count = min(step, rows - start)
         draws = stream.random_raw(-(-count * columns // 8)).astype("<u8").tobytes()[: count * columns]
-        codes = draws.translate(_codes().tobytes())
+        drawn = draws.translate(codes().tobytes())
         if tensor.dtype == "F8_E4M3":
-            yield codes
+            yield drawn
             continue
-        values = torch.frombuffer(bytearray(codes), dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+        values = torch.frombuffer(bytearray(drawn), dtype=torch.uint8).view(torch.float8_e4m3fn).float()
         values = values.view(count, columns) * scales[start : start + count]
         yield _as_bytes(values.to(_torch_dtype(tensor.dtype)))
 
@@ -56,23 +56,26 @@ def _scales(tensor: Tensor, rows: int, seed: int) -> torch.Tensor:
     """[rows, 1] float32: what the steps of each row are multiplied by."""
     if tensor.fill == "linear":
         return _row_scales(tensor.name + _SCALE_SUFFIX, rows, tensor.value, seed).float()
-    scales = torch.full((rows, 1), tensor.value / _step_std())
-    if tensor.name == "lm_head.weight":
-        strength = torch.zeros(rows, 1)
-        strength[answerable_ids(rows)] = 1
-        strength[end_ids(rows)] = _END_STRENGTH
-        scales *= strength
-    return scales
+    scales = torch.full((rows, 1), tensor.value / step_std())
+    return scales * answer_strength(rows) if tensor.name == "lm_head.weight" else scales
+
+
+def answer_strength(vocab_size: int) -> torch.Tensor:
+    """[vocab_size, 1] float32: what each row of lm_head is multiplied by, so that answers are readable and end."""
+    strength = torch.zeros(vocab_size, 1)
+    strength[answerable_ids(vocab_size)] = 1
+    strength[end_ids(vocab_size)] = _END_STRENGTH
+    return strength
 
 
 def _row_scales(name: str, rows: int, std: float, seed: int) -> torch.Tensor:
     """[rows, 1] bf16. Rows differ by up to a quarter, so a kernel that mixes up channels is found out."""
     uniform = (_stream(name, seed).random_raw(rows) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-    return torch.from_numpy((0.75 + 0.5 * uniform) * (std / _step_std())).bfloat16().view(rows, 1)
+    return torch.from_numpy((0.75 + 0.5 * uniform) * (std / step_std())).bfloat16().view(rows, 1)
 
 
 @cache
-def _codes() -> np.ndarray:
+def codes() -> np.ndarray:
     """[256] uint8: the E4M3 code of each of 256 equally likely steps of the normal distribution."""
     quantiles = torch.tensor([NormalDist().inv_cdf((step + 0.5) / 256) for step in range(256)])
     scaled = quantiles * (_E4M3_MAX / quantiles.max())
@@ -80,8 +83,9 @@ def _codes() -> np.ndarray:
 
 
 @cache
-def _step_std() -> float:
-    return float(torch.from_numpy(_codes()).view(torch.float8_e4m3fn).float().std(correction=0))
+def step_std() -> float:
+    """The standard deviation of those steps as numbers."""
+    return float(torch.from_numpy(codes()).view(torch.float8_e4m3fn).float().std(correction=0))
 
 
 def _stream(name: str, seed: int) -> np.random.SFC64:

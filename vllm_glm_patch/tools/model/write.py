@@ -1,4 +1,4 @@
-"""Writes a whole checkpoint: checks first, then a temporary folder, then one rename."""
+"""Writes a checkpoint, whole or without weights: checks first, then a temporary folder, then one rename."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import json
 import secrets
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from vllm_glm_patch.errors import UserError
@@ -48,30 +49,58 @@ def write_model(out: Path, spec: ModelSpec, progress: Progress | None = None, *,
         True
     """
     started = time.monotonic()
-    _check_packages()
+    _check_packages("numpy", "safetensors", "tokenizers", "torch")
     tensors = list(tensors_of(spec))
     total = sum(tensor.nbytes for tensor in tensors)
     shards = split(tensors, shard_bytes)
     out = Path(out)
     target = _checked(out, total + _OTHER_FILES_BYTES)
-    folder = target.parent / f".glm-model-{secrets.token_hex(6)}.partial"
-    try:
-        folder.mkdir()
+    with _folder_for(out, target) as folder:
         _write_files(folder, spec)
         _write_weights(folder, spec, shards, total, progress)
         load = measure(folder, spec)
+    parameters = sum(tensor.elements for tensor in tensors if tensor.fill != "scale")
+    return ModelReport(target, spec, parameters, total, len(shards), time.monotonic() - started, load)
+
+
+def write_config(out: Path, spec: ModelSpec) -> Path:
+    """Write config, tokenizer and chat template of a synthetic GLM-4.6, and no weights: for a loader that makes them.
+
+    Args:
+        out: as in `write_model`.
+        spec: sizes and format; its seed is not used, for the loader takes its own.
+
+    Returns:
+        The real path of the folder.
+
+    Raises:
+        UserError: as `write_model`; only tokenizers is needed.
+    """
+    _check_packages("tokenizers")
+    out = Path(out)
+    target = _checked(out, _OTHER_FILES_BYTES)
+    with _folder_for(out, target) as folder:
+        _write_files(folder, spec)
+    return target
+
+
+@contextmanager
+def _folder_for(out: Path, target: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `target` at the end, or leaves nothing behind."""
+    folder = target.parent / f".glm-model-{secrets.token_hex(6)}.partial"
+    try:
+        folder.mkdir()
+        yield folder
         folder.rename(target)
     except OSError as error:
         raise UserError(_why(out, error)) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # after the rename there is none
-    parameters = sum(tensor.elements for tensor in tensors if tensor.fill != "scale")
-    return ModelReport(target, spec, parameters, total, len(shards), time.monotonic() - started, load)
 
 
-def _check_packages() -> None:
+def _check_packages(*names: str) -> None:
     """These come with every vLLM, and this package alone does not install them."""
-    for name in ("numpy", "safetensors", "tokenizers", "torch"):
+    for name in names:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"{name} is not installed, and a model cannot be written without it. Run `pip install {name}`.")
 
