@@ -8,7 +8,7 @@ from typing import Optional
 import typer
 
 from .errors import UserError
-from .tools import diagnose, doctor, fence, model, patches, scan
+from .tools import bench, diagnose, doctor, fence, model, patches, scan
 from .version import __version__
 
 EXIT_CODES = """Exit codes of every command:
@@ -33,6 +33,7 @@ app.command("scan")(scan.command)
 app.command("model")(model.command)
 app.command("fence")(fence.command)
 app.command("diagnose")(diagnose.command)
+app.add_typer(bench.app, name="bench")
 
 
 def _print_version(wanted: bool) -> None:

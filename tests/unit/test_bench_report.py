@@ -1,0 +1,194 @@
+"""The result file of `bench serve` and the report made from it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import run
+
+from vllm_glm_patch.errors import UserError
+from vllm_glm_patch.tools.bench import result as results
+from vllm_glm_patch.tools.bench.client import METRICS
+from vllm_glm_patch.tools.bench.server import read_death
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def measured(side: str, leg: int, case: str, concurrency: int, value: float, **other: object) -> dict[str, Any]:
+    run = {
+        "leg": leg,
+        "side": side,
+        "case": case,
+        "concurrency": concurrency,
+        "request_rate": None,
+        "repeat": 1,
+        "status": results.OK,
+        "requested": 4,
+        "completed": 4,
+        "metrics": dict.fromkeys(METRICS, value * concurrency),
+        "file": f"{leg}-{side}/{case}.json",
+    }
+    return {**run, **other}
+
+
+def make_result(**changes: Any) -> dict[str, Any]:
+    """Two cases, prefill under three loads and decode under one, each side measured twice."""
+    loads = [("prefill", 1), ("prefill", 4), ("prefill", 16), ("decode <b>", 8)]
+    sides = [("upstream", 1, 10.0), ("patched", 2, 14.0), ("patched", 3, 16.0), ("upstream", 4, 10.0)]
+    result = {
+        "kind": "bench serve",
+        "schema_version": results.VERSION,
+        "started": "2026-01-02T03:04:05+00:00",
+        "finished": "2026-01-02T04:04:05+00:00",
+        "complete": True,
+        "machine": {"cpu": "a CPU", "python": "3.11.2", "vllm": "0.26.0", "vllm_glm_patch": "0.1.0", "card": "NVIDIA H100"},
+        "plan": {
+            "model": "glm",
+            "serve_flags": ["-tp", "8"],
+            "order": "ABBA",
+            "repeats": 1,
+            "warmups": 1,
+            "points": [{"case": c, "concurrency": n, "request_rate": None, "flags": []} for c, n in loads],
+        },
+        "servers": [
+            {
+                "leg": leg,
+                "side": side,
+                "status": "ended",
+                "startup_s": 30.0 + leg,
+                "kv_cache_tokens": 4096,
+                "peak_memory_mib": 1000.0,
+                "memory_source": "nvidia-smi",
+                "death": None,
+                "log": f"{leg}-{side}/server-1.log",
+            }
+            for side, leg, _ in sides
+        ],
+        "runs": [measured(side, leg, case, n, value) for side, leg, value in sides for case, n in loads],
+        "findings": [],
+        "rows": [],
+    }
+    return {**result, **changes}
+
+
+def written(folder: Path, **changes: Any) -> Path:
+    results.write(make_result(**changes), folder / results.NAME)
+    return folder
+
+
+def test_a_result_that_was_written_is_read_back_with_its_rows(tmp_path: Path) -> None:
+    read = results.read(written(tmp_path))
+    (row,) = [r for r in read["rows"] if r["metric"] == "output_throughput" and r["concurrency"] == 4]
+    assert {name: row[name] for name in ("vllm", "case", "upstream", "patched", "ratio", "ratio_low", "ratio_high")} == {
+        "vllm": "0.26.0",
+        "case": "prefill",
+        "upstream": 40.0,
+        "patched": 60.0,
+        "ratio": 1.5,
+        "ratio_low": 1.4,
+        "ratio_high": 1.6,
+    }
+    assert (row["upstream_runs"], row["patched_runs"]) == (2, 2)
+
+
+def test_runs_with_failed_requests_are_not_compared(tmp_path: Path) -> None:
+    result = make_result()
+    result["runs"] = [{**run, "status": results.FAILED} if run["leg"] == 3 else run for run in result["runs"]]
+    rows = results.make_rows(result)
+    assert {(row["ratio"], row["patched_runs"]) for row in rows if row["case"] == "prefill"} == {(1.4, 1)}
+
+
+def test_nothing_is_left_of_the_temporary_file(tmp_path: Path) -> None:
+    written(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == [results.NAME]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda r: r.pop("machine"), "at the top: 'machine' is a required property"),
+        (lambda r: r["rows"][0].update(ratio="fast"), "at rows/0/ratio: 'fast'"),
+        (lambda r: r["runs"][1].update(side="left"), "at runs/1/side: 'left'"),
+        (lambda r: r.update(more=1), "at the top: Additional properties"),
+        (lambda r: r.update(schema_version=9), "has schema_version 9; this release reads 1"),
+    ],
+)
+def test_a_file_that_departs_from_the_schema_is_refused_and_the_place_named(tmp_path: Path, change: Any, expected: str) -> None:
+    file = written(tmp_path) / results.NAME
+    result = json.loads(file.read_text())
+    change(result)
+    file.write_text(json.dumps(result))
+    with pytest.raises(UserError) as error:
+        results.read(tmp_path)
+    assert expected in str(error.value)
+
+
+def test_a_result_that_departs_from_the_schema_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="complete"):
+        written(tmp_path, complete="yes")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [None, "no JSON", "[]"])
+def test_a_file_that_is_no_result_is_refused(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / results.NAME).write_text(content)
+    answer = run("bench", "report", tmp_path)
+    assert answer.code == 2
+    assert str(tmp_path / results.NAME) in answer.err
+
+
+def test_the_report_is_a_page_that_needs_no_network_and_pngs(tmp_path: Path) -> None:
+    answer = run("bench", "report", written(tmp_path))
+    assert answer.code == 0
+    names = [Path(line).name for line in answer.out.splitlines()]
+    assert names == ["report.html", "1-ratios.png", "1-prefill.png"]
+    assert all((tmp_path / name).read_bytes().startswith(PNG) for name in names[1:])
+    page = (tmp_path / "report.html").read_text()
+    assert re.findall(r"(?:src|href)=\"(?!data:)[^\"]*|url\(|@import|<script", page) == []
+    assert page.count("data:image/png;base64,") == 2
+
+
+def test_the_page_has_the_numbers_what_was_found_and_the_machine(tmp_path: Path) -> None:
+    run("bench", "report", written(tmp_path, findings=["upstream died at request 3"], complete=False))
+    page = (tmp_path / "report.html").read_text()
+    assert "upstream died at request 3" in page
+    assert "ended before it was complete" in page
+    assert "NVIDIA H100" in page
+    assert '<td class="n better">1.500 (1.400 – 1.600)</td>' in page  # more tokens a second
+    assert '<td class="n worse">1.500 (1.400 – 1.600)</td>' in page  # a longer latency
+    assert "decode &lt;b&gt;" in page
+    assert "<b>" not in page
+
+
+def test_several_results_are_put_side_by_side(tmp_path: Path) -> None:
+    old = make_result()
+    old["machine"] = {**old["machine"], "vllm": "0.10.1.1"}
+    folders = [written(tmp_path / "new"), written(tmp_path / "old", machine=old["machine"])]
+    answer = run("bench", "report", *folders, "--out", tmp_path / "both", "--json")
+    page = (tmp_path / "both" / "report.html").read_text()
+    assert "All results" in page
+    assert "old: vLLM 0.10.1.1 on NVIDIA H100: ratio" in page
+    assert len(answer.json()["files"]) == 5
+    assert set(answer.json()["rows"]) == {"new: vLLM 0.26.0 on NVIDIA H100", "old: vLLM 0.10.1.1 on NVIDIA H100"}
+
+
+def test_a_report_of_one_side_alone_has_no_bars(tmp_path: Path) -> None:
+    result = copy.deepcopy(make_result())
+    result["runs"] = [run for run in result["runs"] if run["side"] == "patched"]
+    answer = run("bench", "report", written(tmp_path, runs=result["runs"]))
+    assert [Path(line).name for line in answer.out.splitlines()] == ["report.html", "1-prefill.png"]
+
+
+def test_an_error_that_is_no_known_defect_is_quoted(tmp_path: Path) -> None:
+    log = tmp_path / "server.log"
+    log.write_text("(EngineCore pid=1) ERROR torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB\n")
+    death = read_death(log, 1)
+    assert (death.error, death.patch) == ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", None)
+    log.write_text("")
+    assert read_death(log, -9).text() == "exit code -9, and no error in its log"

@@ -1,0 +1,235 @@
+"""`bench serve` with a fake `vllm` on PATH: what is started when, what is kept, and what a death looks like."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import Result, run
+
+from vllm_glm_patch.errors import UserError
+from vllm_glm_patch.tools.bench import result as results
+from vllm_glm_patch.tools.bench import server
+from vllm_glm_patch.tools.bench.plan import make_points
+
+ROOT = Path(__file__).parents[2]
+FAKE = Path(__file__).with_name("fake_vllm_command.py")
+UPSTREAM_DIES = {"died": "upstream", "at": 3}
+QUICK = ("--warmups", 0, "--order", "AB")
+FEW = ("--", "--num-prompts", 4)
+
+
+class Bench:
+    """Calls `bench serve` with the fake command; `calls` are those of the fake one."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.out = folder / "out"
+        self._calls = folder / "calls.jsonl"
+        self._patch = monkeypatch
+        command = folder / "bin" / "vllm"
+        command.parent.mkdir()
+        command.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{FAKE}" "$@"\n')
+        command.chmod(command.stat().st_mode | stat.S_IXUSR)
+        monkeypatch.setenv("PATH", f"{command.parent}{os.pathsep}{os.environ['PATH']}")
+        monkeypatch.setenv("FAKE_VLLM_CALLS", str(self._calls))
+        monkeypatch.chdir(folder)
+
+    def __call__(self, *arguments: object, trouble: dict[str, Any] | None = None) -> Result:
+        self._patch.setenv("FAKE_VLLM", json.dumps(trouble or {}))
+        return run("bench", "serve", "model", "--out", self.out, *arguments)
+
+    def calls(self) -> list[list[str]]:
+        return [json.loads(line) for line in self._calls.read_text().splitlines()]
+
+    def result(self) -> dict[str, Any]:
+        return results.read(self.out)
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    return Bench(tmp_path, monkeypatch)
+
+
+def row_of(result: dict[str, Any], metric: str, **load: object) -> dict[str, Any]:
+    (row,) = [r for r in result["rows"] if r["metric"] == metric and all(r[k] == v for k, v in load.items())]
+    return row
+
+
+def living_with(text: str) -> list[str]:
+    """The command lines of living processes that name `text`."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = file.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if text in line:
+            found.append(line)
+    return found
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "this never came about"
+        time.sleep(0.05)
+
+
+def test_servers_are_started_upstream_patched_patched_upstream(bench: Bench) -> None:
+    assert bench("--warmups", 0, *FEW).code == 0
+    sides = [call[0] for call in bench.calls() if call[0] != "client"]
+    assert sides == ["upstream", "patched", "patched", "upstream"]
+    assert [server["side"] for server in bench.result()["servers"]] == sides
+
+
+def test_flags_before_the_dashes_go_to_the_server_and_those_behind_to_the_client(bench: Bench) -> None:
+    assert bench("-tp", 8, "--max-model-len", 2048, *QUICK, *FEW, "--ignore-eos").code == 0
+    server, client, *_ = bench.calls()
+    assert server[-4:] == ["-tp", "8", "--max-model-len", "2048"]
+    assert "--ignore-eos" in client
+    assert "--ignore-eos" not in server
+
+
+def test_every_load_is_measured_as_often_as_asked_after_its_warm_up(bench: Bench) -> None:
+    assert bench("--concurrency", "1,4", "--repeats", 2, "--order", "AB", *FEW).code == 0
+    clients = [call for call in bench.calls() if call[0] == "client"]
+    asked = [(call[call.index("--max-concurrency") + 1], call[-1]) for call in clients[: len(clients) // 2]]
+    assert asked == [("1", "2"), ("1", "4"), ("1", "4"), ("4", "4"), ("4", "4"), ("4", "4")]
+    assert row_of(bench.result(), "median_ttft_ms", concurrency=4)["patched_runs"] == 2
+
+
+def test_rows_have_both_sides_their_ratio_and_the_servers(bench: Bench) -> None:
+    assert bench(*QUICK, *FEW).code == 0
+    result = bench.result()
+    assert result["complete"]
+    row = row_of(result, "median_ttft_ms")
+    assert (row["vllm"], row["case"], row["concurrency"]) == ("0.17.1", "random", 1)
+    assert (row["upstream"], row["patched"], row["ratio"], row["ratio_low"]) == (11.0, 11.0, 1.0, 1.0)
+    assert row_of(result, "input_throughput")["upstream"] == 200
+    assert row_of(result, "kv_cache_tokens", case="server")["patched"] == 524288
+    assert row_of(result, "startup_s", case="server")["ratio"] > 0
+
+
+def test_json_prints_the_result_and_nothing_else(bench: Bench) -> None:
+    assert bench(*QUICK, "--json", *FEW).json() == bench.result()
+
+
+def test_a_death_is_a_result_and_names_the_request_and_the_defect(bench: Bench) -> None:
+    answer = bench(*QUICK, *FEW, trouble=UPSTREAM_DIES)
+    assert answer.code == 0
+    (finding,) = bench.result()["findings"]
+    assert finding.startswith("upstream died at request 3 of random, concurrency 1: an illegal memory access was encountered")
+    assert "(scale-overread)" in finding
+    assert finding in answer.out
+    row = row_of(bench.result(), "median_ttft_ms")
+    assert (row["upstream"], row["patched"], row["ratio"]) == (None, 11.0, None)
+
+
+def test_after_a_death_a_new_server_measures_the_other_cases(bench: Bench) -> None:
+    assert bench(*QUICK, "--concurrency", "1,2", *FEW, trouble={"died": "upstream", "at": 6}).code == 0
+    upstream = [(run["concurrency"], run["status"]) for run in bench.result()["runs"] if run["side"] == "upstream"]
+    assert upstream == [(1, results.OK), (2, results.DIED)]
+    bench.out = bench.out.with_name("second")
+    assert bench(*QUICK, "--concurrency", "1,2", "--", "--num-prompts", 2, trouble={"died": "upstream", "at": 1}).code == 0
+    assert [server["status"] for server in bench.result()["servers"]] == ["died", "died", "ended"]
+
+
+def test_a_server_that_does_not_start_is_a_result(bench: Bench) -> None:
+    assert bench(*QUICK, *FEW, trouble={"unstartable": "upstream"}).code == 0
+    (finding,) = bench.result()["findings"]
+    assert finding.startswith("upstream did not start: ValueError: No available memory")
+    assert row_of(bench.result(), "median_ttft_ms")["patched"] == 11.0
+
+
+def test_a_flag_that_the_server_does_not_take_is_told(bench: Bench) -> None:
+    answer = bench("--no-such-flag", *QUICK, *FEW)
+    assert answer.code == 2
+    assert "unrecognized arguments: --no-such-flag" in answer.err
+
+
+def test_a_package_that_the_client_lacks_is_named(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "_DYING", 0.5)
+    answer = bench(*QUICK, *FEW, trouble={"missing": "pandas"})
+    assert answer.code == 2
+    assert "needs pandas, which is not installed" in answer.err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_an_interruption_keeps_what_is_measured_and_ends_the_server(bench: Bench, number: signal.Signals) -> None:
+    environment = {**os.environ, "FAKE_VLLM": json.dumps({"seconds": 1}), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "vllm_glm_patch", "bench", "serve", "model", "--out", str(bench.out)]
+    command += ["--warmups", "0", "--repeats", "50", "--", "--num-prompts", "2"]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_until(lambda: (bench.out / results.NAME).exists() and bench.result()["runs"])
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "what was measured is kept" in errors
+    result = bench.result()
+    assert not result["complete"]
+    assert row_of(result, "median_ttft_ms")["upstream"] == 11.0
+    port = bench.calls()[0][bench.calls()[0].index("--port") + 1]
+    assert living_with(f"--port {port} ") == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--concurrency", "1,x"), "--concurrency is 'x'"),
+        (("--request-rate", "0"), "--request-rate is '0'"),
+        (("--order", "BA"), "--order is 'BA'; give one of ABBA, AB"),
+        (("--port", "8000"), "--port is chosen by this command"),
+        (("--", "--max-concurrency", "4"), "--max-concurrency of `vllm bench serve` is set by this command"),
+        (("--", "--dataset-name", "sharegpt"), "needs --dataset-path FILE"),
+        (("--", "--dataset-name", "sharegpt", "--dataset-path", "none.json"), "--dataset-path none.json is no file"),
+        (("--concurrency", "1,1"), "'random, concurrency 1' is there 2 times"),
+        (("--cases", "none.toml"), "--cases none.toml cannot be read"),
+    ],
+)
+def test_a_wrong_option_is_told_before_anything_starts(bench: Bench, arguments: tuple[str, ...], expected: str) -> None:
+    answer = bench(*arguments)
+    assert (answer.code, answer.out) == (2, "")
+    assert expected in answer.err
+    assert not bench.out.exists()
+
+
+def test_results_are_not_written_over(bench: Bench) -> None:
+    bench.out.mkdir()
+    (bench.out / "something").touch()
+    assert "is there already" in bench(*QUICK, *FEW).err
+
+
+def test_a_folder_named_vllm_is_refused(bench: Bench, tmp_path: Path) -> None:
+    (tmp_path / "vllm").mkdir()
+    assert "holds a folder 'vllm'" in bench(*QUICK, *FEW).err
+
+
+def test_cases_come_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "cases.toml"
+    file.write_text(
+        '[[case]]\nname = "prefill"\nflags = "--random-input-len 8192"\nconcurrency = [1, 4]\n'
+        '[[case]]\nname = "mixed"\nflags = ["--random-input-len", 4096]\nrequest_rate = 0.5\n'
+    )
+    points = make_points(["--seed", "1"], None, None, file)
+    assert [point.label for point in points] == ["prefill, concurrency 1", "prefill, concurrency 4", "mixed, 0.5 requests/s"]
+    assert points[2].flags == ("--seed", "1", "--random-input-len", "4096")
+    assert [point.prompts for point in points] == [16, 16, 30]
+
+
+def test_an_unknown_key_of_a_case_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "cases.toml"
+    file.write_text('[[case]]\nname = "a"\nconcurency = 1\n')
+    with pytest.raises(UserError, match="the key 'concurency'; known keys are concurrency"):
+        make_points([], None, None, file)
