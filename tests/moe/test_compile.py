@@ -136,21 +136,24 @@ def cases() -> list[Case]:
             2,
             True,
         ),
-        Case(
-            "pairs gemm1",
-            "triton.pairs:pair_gemm1_kernel",
-            {
-                **_GLM,
-                "HIDDEN_BLOCK": 8192,
-                "EXPERTS": 160,
-                "GLOBAL_EXPERTS": 160,
-                "HAS_MAP": False,
-                "TOP_K": 8,
-                "COLUMNS": 2,
-            },
-            8,
-            3,
-            False,
+        *(
+            Case(
+                f"pairs gemm1, {columns} columns, {warps} warps",
+                "triton.pairs:pair_gemm1_kernel",
+                {
+                    **_GLM,
+                    "HIDDEN_BLOCK": 8192,
+                    "EXPERTS": 160,
+                    "GLOBAL_EXPERTS": 160,
+                    "HAS_MAP": False,
+                    "TOP_K": 8,
+                    "COLUMNS": columns,
+                },
+                warps,
+                3,
+                False,
+            )
+            for columns, warps in ((2, 8), (1, 4), (4, 4), (4, 8))
         ),
         Case(
             "pairs gemm2",
@@ -265,6 +268,8 @@ def compile_case(case: Case) -> dict[str, object]:
         "spills": len(re.findall(r"\bSTL\b", code)),
         "shared": compiled.metadata.shared,
         "qgmma": len(re.findall(r"QGMMA", code)),
+        # FP8 conversions of an immediate: none is meant, and ptxas has made a NaN of a zero there (triton/pairs.py).
+        "fp8_of_constants": re.findall(r"E4M3\.UNPACK_B \w+, ([\d+-][^ ;]*)", code),
         "qmma": len(re.findall(r"\bQMMA|\bHMMA", code)),
         "ldgsts": sorted(set(re.findall(r"LDGSTS\.E(?:\.\w+)*", code))),
         "ldg": sorted(set(re.findall(r"LDG\.E(?:\.\w+)*", code))),
@@ -287,8 +292,10 @@ def test_kernel_compiles_for_hopper_with_its_matrix_instructions_and_without_spi
     result = next(eval(line) for line in run.stdout.splitlines() if line.startswith("{"))
     case = next(case for case in cases() if case.name == name)
     assert result["spills"] == 0
+    assert result["fp8_of_constants"] == []
     assert (result["qgmma"] > 0) == case.wgmma
 
 
 if __name__ == "__main__":
+    sys.path.append(str(Path(__file__).parents[2]))
     main(sys.argv[1:])

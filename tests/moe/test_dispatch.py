@@ -57,11 +57,25 @@ def test_the_nearest_count_of_the_cards_own_table_is_used(monkeypatch) -> None:
     monkeypatch.setattr(dispatch, "tables", lambda: (table,))
     choose.cache_clear()
     try:
-        for tokens, nearest in ((1, 4), (15, 4), (17, 64), (9000, 64)):
+        for tokens, nearest in ((2, 4), (8, 4), (32, 64), (100, 64)):
             problem = dataclasses.replace(SHAPES["TP8"], tokens=tokens)
             assert choose(problem, H100).pairs.columns1 == nearest
             assert choose(problem, Card("NVIDIA H200", 132, 232448, (9, 0))).pairs.columns1 == nearest
             assert choose(problem, H20) == default_config(problem, H20)
+    finally:
+        choose.cache_clear()
+
+
+def test_an_entry_does_not_serve_counts_beyond_twice_or_below_half_its_own(monkeypatch) -> None:
+    marked = {str(count): Config(pairs=dispatch.Pairs(columns1=count), path="pairs").to_dict() for count in (4, 64)}
+    shape = SHAPES["TP8"].shape_key
+    table = {"card": H100.name, "multiprocessors": 132, "capability": [9, 0], "shapes": {shape: marked}}
+    monkeypatch.setattr(dispatch, "tables", lambda: (table,))
+    choose.cache_clear()
+    try:
+        for tokens in (1, 9, 31, 129, 9000):
+            problem = dataclasses.replace(SHAPES["TP8"], tokens=tokens)
+            assert choose(problem, H100) == default_config(problem, H100)
     finally:
         choose.cache_clear()
 

@@ -6,11 +6,14 @@ import dataclasses
 import json
 
 import pytest
+import torch
+from configs import CONFIGS
 
 from vllm_glm_patch.moe import tune
-from vllm_glm_patch.moe.dispatch import Card, Config
+from vllm_glm_patch.moe.dispatch import Card, Config, Gemm1, read_card
+from vllm_glm_patch.moe.generators import make_weights
 from vllm_glm_patch.moe.problem import Problem
-from vllm_glm_patch.moe.workspace import needs_requantise
+from vllm_glm_patch.moe.workspace import layout, needs_requantise
 
 H100 = Card("NVIDIA H100 80GB HBM3", 132, 232448, (9, 0))
 
@@ -57,6 +60,77 @@ def test_past_the_deadline_nothing_is_tried() -> None:
     rows: list[dict] = []
     assert tune.tune_count(FakeBench(Problem(64)), rows.append, 0.0) is None
     assert rows == []
+
+
+def _bench(monkeypatch, seed: int) -> tune.Bench:
+    """A real bench on small inputs; the clock is one more run of each pass."""
+
+    def one_replay(calls, replays) -> float:
+        for call in calls:
+            call()
+        return 1.0
+
+    monkeypatch.setattr(tune, "median_us", one_replay)
+    # Every token goes to every expert, so that each of the bench's routings is spread.
+    problem = Problem(3, hidden_size=97, intermediate_size=41, experts=3, global_experts=3, top_k=3)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    weights = make_weights(problem, torch.Generator(device).manual_seed(seed))
+    return tune.Bench(problem, read_card(0 if device == "cuda" else None), seed, weights, device)
+
+
+def test_a_layer_is_timed_where_its_output_is_the_references(seed, monkeypatch) -> None:
+    bench = _bench(monkeypatch, seed)
+    assert bench.time_layer(CONFIGS["tile, resident in slices"]) == 1.0
+    assert bench.time_layer(CONFIGS["pairs"]) == 1.0
+
+
+def test_an_output_that_all_configurations_share_but_the_reference_does_not_is_refused(seed, monkeypatch) -> None:
+    # What a fault of a kernel that every path uses looks like; comparing configurations with each other misses it.
+    bench = _bench(monkeypatch, seed)
+    monkeypatch.setattr(tune.Pass, "run", lambda self: self.t.out.fill_(1.0))
+    with pytest.raises(RuntimeError, match=r"wrong output: .* from the float64 reference"):
+        bench.time_layer(CONFIGS["tile, resident in slices"])
+
+
+def test_one_wrong_set_of_inputs_among_the_right_ones_is_refused(seed, monkeypatch) -> None:
+    bench = _bench(monkeypatch, seed)
+    real = tune.Pass.run
+
+    def run(self) -> None:
+        real(self)
+        if self.t.hidden is bench.sets[-1].hidden_states:
+            self.t.out.zero_()
+
+    monkeypatch.setattr(tune.Pass, "run", run)
+    with pytest.raises(RuntimeError, match="wrong output"):
+        bench.time_layer(CONFIGS["tile, resident in slices"])
+
+
+def test_replays_that_change_the_bits_are_refused(seed, monkeypatch) -> None:
+    bench = _bench(monkeypatch, seed)
+
+    def spoil(calls, replays) -> float:
+        for call in calls:
+            call.__self__.t.out[0, 0] += 1.0
+        return 1.0
+
+    monkeypatch.setattr(tune, "median_us", spoil)
+    with pytest.raises(RuntimeError, match="other bits"):
+        bench.time_layer(CONFIGS["tile, resident in slices"])
+
+
+def test_a_layer_that_needs_more_workspace_than_allowed_is_refused(seed, monkeypatch) -> None:
+    bench = _bench(monkeypatch, seed)
+    monkeypatch.setattr(tune, "workspace_limit", lambda problem, card: 1000.0)
+    with pytest.raises(RuntimeError, match="workspace of"):
+        bench.time_layer(CONFIGS["tile, resident in slices"])
+
+
+def test_no_candidate_at_8192_tokens_needs_more_than_140_mb() -> None:
+    problem = Problem(8192)
+    found = tune.gemm2_candidates(problem, H100)
+    assert found
+    assert max(layout(problem, Config(gemm1=Gemm1("row"), gemm2=gemm2)).total for gemm2, _ in found) <= 140e6
 
 
 def test_a_table_keeps_what_earlier_runs_found(tmp_path) -> None:

@@ -1,7 +1,8 @@
 """Which kernels, tiles and stages serve a shape: from a tuned table of the card, else from rules of thumb.
 
 A table is `tuned/<card>.json`, made by `tune.py`: {"card", "multiprocessors", "torch", "triton", "shapes": {shape key:
-{token count: config}}}. A card without one borrows the table of a card with as many multiprocessors of the same
+{token count: config}}}. An entry serves token counts up to twice and down to half its own; between entries farther apart
+the rules below apply. A card without a table borrows the table of a card with as many multiprocessors of the same
 compute capability (H200 and H800 have H100's 132); failing that (H20 has 78) the rules below apply.
 """
 
@@ -17,6 +18,9 @@ from typing import Any, Literal
 from .problem import Problem
 
 TABLES = Path(__file__).parent / "tuned"
+# How far an entry of a table reaches, as a ratio of token counts: rows an expert, and with them the best tile, change by
+# as much.
+REACH = 2.0
 
 
 @dataclass(frozen=True)
@@ -170,7 +174,13 @@ def choose(problem: Problem, card: Card) -> Config:
     shapes = table["shapes"].get(problem.shape_key) if table else None
     if not shapes:
         return default_config(problem, card)
-    nearest = min(shapes, key=lambda count: abs(math.log(int(count) / max(problem.tokens, 1))))
+
+    def distance(count: str) -> float:
+        return abs(math.log(int(count) / max(problem.tokens, 1)))
+
+    nearest = min(shapes, key=distance)
+    if distance(nearest) > math.log(REACH) + 1e-9:
+        return default_config(problem, card)
     return Config.from_dict(shapes[nearest])
 
 

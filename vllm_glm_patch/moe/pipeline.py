@@ -116,6 +116,7 @@ class Pass:
             t.topk_ids,
             self.map,
             t.w13.stride(0),
+            p.hidden_size,
             HIDDEN=p.hidden_size,
             HIDDEN_BLOCK=power_of_two(p.hidden_size),
             INTERMEDIATE=p.intermediate_size,

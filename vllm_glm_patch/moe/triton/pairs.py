@@ -3,6 +3,10 @@
 Every (token, choice) pair is a small matrix-vector product by itself. Both kernels quantise what they read (the same
 values as the other paths), so nothing but the activations travels between them. All loads are written before the
 first reduction: a reduction is a barrier, and no load moves up across it.
+
+Rows are padded to a power of two, and the mask of GEMM1 compares with a run-time width on purpose. With a compile-time
+one some threads' weights are constant zeros, and ptxas (12.8.93 and 12.9.86, sm_90a) folded the FP8 conversion of such
+a zero into the conversion of 0x7F, a NaN. tests/moe/test_compile.py looks for that in the machine code.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ def pair_gemm1_kernel(
     ids,
     expert_map,
     w13_expert_stride,
+    hidden_size,
     HIDDEN: tl.constexpr,
     HIDDEN_BLOCK: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
@@ -31,10 +36,13 @@ def pair_gemm1_kernel(
     TOP_K: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Grid: pairs × blocks of COLUMNS columns. Writes act [pairs, INTERMEDIATE] bf16, rows of valid pairs only."""
+    """Grid: pairs × blocks of COLUMNS columns. Writes act [pairs, INTERMEDIATE] bf16, rows of valid pairs only.
+
+    hidden_size: HIDDEN again, as a number the compiler does not know (see above).
+    """
     pair = tl.program_id(0)
     k = tl.arange(0, HIDDEN_BLOCK)
-    inside = k < HIDDEN
+    inside = k < hidden_size
     x = tl.load(hidden + (pair // TOP_K).to(tl.int64) * HIDDEN + k, mask=inside, other=0.0).to(tl.float32)
     expert = clean_expert(ids, pair, True, expert_map, EXPERTS, GLOBAL_EXPERTS, HAS_MAP).to(tl.int64)
     if expert < EXPERTS:
