@@ -144,6 +144,22 @@ def test_values_do_not_depend_on_the_size_of_the_pieces(dtype: str, monkeypatch:
     assert torch.equal(fills.made(wanted, 0, CPU).float(), whole.float())
 
 
+def test_values_do_not_depend_on_the_default_dtype_that_vllm_sets() -> None:
+    spec = spec_for("tiny", layers=2)
+    wanted = [t for t in tensors_of(spec) if t.name.startswith(("lm_head", "model.embed", "model.layers.1.mlp.gate"))]
+    expected = [fills.made(t, 0, CPU) for t in wanted]
+    before = torch.get_default_dtype()
+    for cached in (fills._tables, weights.codes, weights.step_std):
+        cached.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = [fills.made(t, 0, CPU) for t in wanted]
+    finally:
+        torch.set_default_dtype(before)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected))
+    assert [one.dtype for one in found] == [one.dtype for one in expected]
+
+
 def test_ranks_of_a_pipeline_make_their_own_layers_of_one_model() -> None:
     everything = list(tensors_of(spec_for("tiny")))
     last = [t for t in everything if ".layers.3." in t.name]

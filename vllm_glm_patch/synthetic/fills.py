@@ -4,11 +4,13 @@ The distribution is that of the written checkpoint (`tools.model.weights`): 256 
 exact E4M3 number, times the scale of a row. The bytes that choose the steps come from SplitMix64 (Steele, Lea and
 Flood, «Fast splittable pseudorandom number generators», OOPSLA 2014), which is counted, not stepped: any part can be
 computed alone, by a few integer operations that every device rounds alike. A generator of torch would depend on the device.
+Every dtype is spelled out, for vLLM sets another default while it loads a model.
 """
 
 from __future__ import annotations
 
 import hashlib
+from functools import cache
 
 import torch
 
@@ -44,10 +46,9 @@ def made(tensor: Tensor, seed: int, device: torch.device) -> torch.Tensor:
 def _random(tensor: Tensor, seed: int, device: torch.device) -> torch.Tensor:
     rows, columns = tensor.shape[0], tensor.elements // tensor.shape[0]
     step = max(8, _PIECE_ELEMENTS // columns // 8 * 8)  # 8 elements a draw: a piece must not end within one
-    steps = torch.from_numpy(codes()).to(device)
+    steps, numbers = _tables(device)
     values = torch.empty(rows, columns, dtype=_DTYPES[tensor.dtype], device=device)
     scales = None if tensor.dtype == "F8_E4M3" else _scales(tensor, rows, seed, device)
-    numbers = torch.from_numpy(codes()).view(torch.float8_e4m3fn).float().to(device)
     for start in range(0, rows, step):
         count = min(step, rows - start)
         elements = count * columns
@@ -61,11 +62,18 @@ def _random(tensor: Tensor, seed: int, device: torch.device) -> torch.Tensor:
     return values.view(tensor.shape)
 
 
+@cache
+def _tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two of [256]: the steps as E4M3 codes in uint8, and as numbers in float32."""
+    steps = torch.from_numpy(codes())
+    return steps.to(device), steps.view(torch.float8_e4m3fn).float().to(device)
+
+
 def _scales(tensor: Tensor, rows: int, seed: int, device: torch.device) -> torch.Tensor:
     """[rows, 1] float32: what the steps of each row are multiplied by."""
     if tensor.fill == "linear":
         return _row_scales(tensor.name + _SCALE_SUFFIX, rows, tensor.value, seed, device).float()
-    scales = torch.full((rows, 1), tensor.value / step_std(), device=device)
+    scales = torch.full((rows, 1), tensor.value / step_std(), dtype=torch.float32, device=device)
     return scales * answer_strength(rows).to(device) if tensor.name == "lm_head.weight" else scales
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm_glm_patch.errors import UserError
@@ -75,7 +75,7 @@ def _load_weights(self: Any, model: torch.nn.Module, model_config: Any) -> None:
     started = time.monotonic()
     seed = seed_of(self.load_config.model_loader_extra_config)
     parameters = dict(model.named_parameters())
-    device = next(parameter.device for parameter in parameters.values() if parameter.device.type != "meta")
+    device = _device_of(parameters.values())
     layers = {int(found.group(1)) for name in parameters if (found := _LAYER.search(name))}
     loaded = model.load_weights(named_weights(model_config.hf_config, seed, device, layers))  # type: ignore[operator]
     _check_all_are_filled(parameters, loaded)
@@ -99,6 +99,14 @@ def _load_weights(self: Any, model: torch.nn.Module, model_config: Any) -> None:
             "with it say little. Try another seed: --model-loader-extra-config '{\"seed\": %d}'.",
             *(load.variation, load.unused, load.experts, seed + 1),
         )
+
+
+def _device_of(parameters: Iterable[torch.Tensor]) -> torch.device:
+    """Where to make weights: the accelerator that holds some, else the CPU; offloaded ones are copied there."""
+    import torch
+
+    devices = {parameter.device for parameter in parameters}
+    return next((device for device in devices if device.type not in ("cpu", "meta")), torch.device("cpu"))
 
 
 def _check_all_are_filled(parameters: Mapping[str, torch.Tensor], loaded: set[str] | None) -> None:

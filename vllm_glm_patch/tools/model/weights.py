@@ -62,7 +62,7 @@ def _scales(tensor: Tensor, rows: int, seed: int) -> torch.Tensor:
 
 def answer_strength(vocab_size: int) -> torch.Tensor:
     """[vocab_size, 1] float32: what each row of lm_head is multiplied by, so that answers are readable and end."""
-    strength = torch.zeros(vocab_size, 1)
+    strength = torch.zeros(vocab_size, 1, dtype=torch.float32)
     strength[answerable_ids(vocab_size)] = 1
     strength[end_ids(vocab_size)] = _END_STRENGTH
     return strength
@@ -77,7 +77,7 @@ def _row_scales(name: str, rows: int, std: float, seed: int) -> torch.Tensor:
 @cache
 def codes() -> np.ndarray:
     """[256] uint8: the E4M3 code of each of 256 equally likely steps of the normal distribution."""
-    quantiles = torch.tensor([NormalDist().inv_cdf((step + 0.5) / 256) for step in range(256)])
+    quantiles = torch.tensor([NormalDist().inv_cdf((step + 0.5) / 256) for step in range(256)], dtype=torch.float32)
     scaled = quantiles * (_E4M3_MAX / quantiles.max())
     return scaled.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
 
