@@ -68,19 +68,25 @@ def serve() -> None:
     ThreadingHTTPServer(("127.0.0.1", int(option("--port"))), Handler).serve_forever()
 
 
+def is_answered() -> bool:
+    connection = http.client.HTTPConnection("127.0.0.1", int(option("--port")), timeout=5)
+    try:
+        connection.request("POST", "/v1/completions", "{}")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+
+
 def bench() -> None:
     if "missing" in TROUBLE:
         print(f"ModuleNotFoundError: No module named '{TROUBLE['missing']}'")
         sys.exit(1)
     time.sleep(float(TROUBLE.get("seconds", 0)))
-    asked, done = int(option("--num-prompts")), 0
-    for _ in range(asked):
-        connection = http.client.HTTPConnection("127.0.0.1", int(option("--port")), timeout=5)
-        try:
-            connection.request("POST", "/v1/completions", "{}")
-            done += connection.getresponse().status == 200
-        except (OSError, http.client.HTTPException):
-            break
+    if not is_answered():
+        print("ValueError: Initial test run failed")
+        sys.exit(1)
+    print("Starting main benchmark run...")
+    done = sum(is_answered() for _ in range(int(option("--num-prompts"))))
     slow = 1.0 + float(option("--max-concurrency", "1")) / 10
     result = {"completed": done, "duration": 2.0, "total_input_tokens": 100 * done, "output_throughput": 50.0 / slow}
     result |= {

@@ -27,6 +27,7 @@ def measured(side: str, leg: int, case: str, concurrency: int, value: float, **o
         "concurrency": concurrency,
         "request_rate": None,
         "repeat": 1,
+        "seed": 0,
         "status": results.OK,
         "requested": 4,
         "completed": 4,
@@ -164,6 +165,17 @@ def test_the_page_has_the_numbers_what_was_found_and_the_machine(tmp_path: Path)
     assert '<td class="n worse">1.500 (1.400 – 1.600)</td>' in page  # a longer latency
     assert "decode &lt;b&gt;" in page
     assert "<b>" not in page
+
+
+def test_single_runs_and_a_spread_over_1_give_no_verdict(tmp_path: Path) -> None:
+    runs = make_result()["runs"]
+    run("bench", "report", written(tmp_path, runs=[one for one in runs if one["leg"] < 3]))
+    page = (tmp_path / "report.html").read_text()
+    assert "1.400 (1.400 – 1.400)" in page
+    slow = [{**one, "metrics": dict.fromkeys(METRICS, 1.0)} if one["leg"] == 3 else one for one in runs]
+    run("bench", "report", written(tmp_path / "wide", runs=slow))
+    for text in (page, (tmp_path / "wide" / "report.html").read_text()):
+        assert not re.findall(r'class="n (?:better|worse)">[^<]*</td><td class="n ">[12] \+ [12]', text.split("<h3>Servers")[0])
 
 
 def test_several_results_are_put_side_by_side(tmp_path: Path) -> None:

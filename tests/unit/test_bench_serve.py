@@ -23,7 +23,7 @@ from vllm_glm_patch.tools.bench.plan import make_points
 
 ROOT = Path(__file__).parents[2]
 FAKE = Path(__file__).with_name("fake_vllm_command.py")
-UPSTREAM_DIES = {"died": "upstream", "at": 3}
+UPSTREAM_DIES = {"died": "upstream", "at": 4}  # the client tries one request first, so this is the third that counts
 QUICK = ("--warmups", 0, "--order", "AB")
 FEW = ("--", "--num-prompts", 4)
 
@@ -64,6 +64,11 @@ def row_of(result: dict[str, Any], metric: str, **load: object) -> dict[str, Any
     return row
 
 
+def value_in(call: list[str], flag: str) -> str:
+    """The last value of a flag."""
+    return call[len(call) - call[::-1].index(flag)]
+
+
 def living_with(text: str) -> list[str]:
     """The command lines of living processes that name `text`."""
     found = []
@@ -102,9 +107,17 @@ def test_flags_before_the_dashes_go_to_the_server_and_those_behind_to_the_client
 def test_every_load_is_measured_as_often_as_asked_after_its_warm_up(bench: Bench) -> None:
     assert bench("--concurrency", "1,4", "--repeats", 2, "--order", "AB", *FEW).code == 0
     clients = [call for call in bench.calls() if call[0] == "client"]
-    asked = [(call[call.index("--max-concurrency") + 1], call[-1]) for call in clients[: len(clients) // 2]]
+    asked = [(value_in(call, "--max-concurrency"), value_in(call, "--num-prompts")) for call in clients[: len(clients) // 2]]
     assert asked == [("1", "2"), ("1", "4"), ("1", "4"), ("4", "4"), ("4", "4"), ("4", "4")]
     assert row_of(bench.result(), "median_ttft_ms", concurrency=4)["patched_runs"] == 2
+
+
+def test_no_prompts_are_sent_twice_to_a_server_and_both_sides_get_the_same(bench: Bench) -> None:
+    """Else the prefix cache answers."""
+    assert bench("--concurrency", "1,2", "--repeats", 2, "--order", "AB", *FEW, "--seed", 7).code == 0
+    seeds = [int(value_in(call, "--seed")) for call in bench.calls() if call[0] == "client"]
+    assert len(set(seeds)) == 6
+    assert seeds[:6] == seeds[6:]
 
 
 def test_rows_have_both_sides_their_ratio_and_the_servers(bench: Bench) -> None:
@@ -132,6 +145,16 @@ def test_a_death_is_a_result_and_names_the_request_and_the_defect(bench: Bench) 
     assert finding in answer.out
     row = row_of(bench.result(), "median_ttft_ms")
     assert (row["upstream"], row["patched"], row["ratio"]) == (None, 11.0, None)
+
+
+def test_a_death_at_the_request_that_the_client_tries_first_is_one_at_request_1(bench: Bench) -> None:
+    bench(*QUICK, *FEW, trouble={"died": "upstream", "at": 1})
+    (finding,) = bench.result()["findings"]
+    assert finding.startswith("upstream died at request 1 of random, concurrency 1: ")
+    bench.out = bench.out.with_name("warmed")
+    bench("--order", "AB", *FEW, trouble={"died": "upstream", "at": 1})
+    (finding,) = bench.result()["findings"]
+    assert " at request 1 of random, concurrency 1 while it was warmed up: " in finding
 
 
 def test_after_a_death_a_new_server_measures_the_other_cases(bench: Bench) -> None:
@@ -189,6 +212,8 @@ def test_an_interruption_keeps_what_is_measured_and_ends_the_server(bench: Bench
     [
         (("--concurrency", "1,x"), "--concurrency is 'x'"),
         (("--request-rate", "0"), "--request-rate is '0'"),
+        (("--concurrency", "0"), "--concurrency is '0'"),
+        (("--", "--seed", "x"), "--seed is 'x'; give a whole number from 0 on"),
         (("--order", "BA"), "--order is 'BA'; give one of ABBA, AB"),
         (("--port", "8000"), "--port is chosen by this command"),
         (("--", "--max-concurrency", "4"), "--max-concurrency of `vllm bench serve` is set by this command"),

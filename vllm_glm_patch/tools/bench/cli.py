@@ -47,8 +47,8 @@ def serve(
     concurrency: Optional[str] = typer.Option(None, help="Concurrent requests, one or several: 1,4,16. Default 1."),
     request_rate: Optional[str] = typer.Option(None, help="Requests a second, one or several: 0.5,1,2. Default: all at once."),
     cases: Optional[Path] = typer.Option(None, help="TOML file of cases, each with name, flags and loads."),
-    repeats: int = typer.Option(1, min=1, help="Measured runs at each case and load, on each server."),
-    warmups: int = typer.Option(1, min=0, help="Runs before those whose numbers are thrown away."),
+    repeats: int = typer.Option(1, min=1, max=500, help="Measured runs at each case and load, on each server."),
+    warmups: int = typer.Option(1, min=0, max=100, help="Runs before those whose numbers are thrown away."),
     order: str = typer.Option("ABBA", help="ABBA: upstream, patched, patched, upstream. AB: one server each."),
     start_limit: float = typer.Option(1800.0, min=1, help="Seconds a server may take until it is ready."),
     as_json: bool = typer.Option(False, "--json", help="Print the result as JSON."),
@@ -162,7 +162,7 @@ def _need(package: str) -> None:
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
     """SIGINT, SIGTERM and SIGHUP interrupt once; later ones are ignored, so that the servers are ended in peace."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]  # nohup
 
     def interrupt(number: int, frame: Optional[FrameType]) -> None:
         for other in numbers:

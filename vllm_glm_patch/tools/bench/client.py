@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import time
@@ -21,7 +22,18 @@ STATISTICS = ("mean", "median", "p90", "p99")
 THROUGHPUTS = ("request_throughput", "input_throughput", "output_throughput", "total_token_throughput")
 METRICS = (*THROUGHPUTS, *(f"{statistic}_{latency}_ms" for latency in LATENCIES for statistic in STATISTICS))
 _LAST_WORDS = 20.0  # seconds for a client whose server has died to write down what it has
+_BEGUN = "Starting main benchmark run"  # what every release prints then
 _MISSING = re.compile(r"No module named '([\w.]+)'|Please install (vllm\[\w+\])")
+
+
+@dataclass(frozen=True)
+class Requests:
+    """What one run sends."""
+
+    point: Point
+    count: int
+    seed: int
+    """The same for both sides; another for each run on a server, since its prefix cache knows the prompts of the others."""
 
 
 @dataclass(frozen=True)
@@ -34,15 +46,14 @@ class Measured:
     exit_code: Optional[int]
 
 
-def drive(vllm: str, plan: Plan, server: BenchServer, point: Point, file: Path, prompts: int) -> Measured:
-    """Send the requests of one point, until they are answered or the server has died.
+def drive(vllm: str, plan: Plan, server: BenchServer, requests: Requests, file: Path) -> Measured:
+    """Send the requests of one run, until they are answered or the server has died.
 
     Args:
         file: where the client's own result goes; its log goes beside it.
-        prompts: how many requests.
     """
     file.unlink(missing_ok=True)
-    group = Group(command_of(vllm, plan, server.port, point, file, prompts), file.with_suffix(".log"), os.environ)
+    group = Group(command_of(vllm, plan, server.port, requests, file), file.with_suffix(".log"), os.environ)
     try:
         dead_since = None
         while group.exit_code() is None:
@@ -57,8 +68,9 @@ def drive(vllm: str, plan: Plan, server: BenchServer, point: Point, file: Path, 
     return read_result(file, code)
 
 
-def command_of(vllm: str, plan: Plan, port: int, point: Point, file: Path, prompts: int) -> list[str]:
+def command_of(vllm: str, plan: Plan, port: int, requests: Requests, file: Path) -> list[str]:
     """The command line of the client. Only flags that every vLLM from 0.10.0 on has."""
+    point = requests.point
     chosen: list[str] = []
     if value_of(point.flags, "--dataset-name") is None:
         chosen += ["--dataset-name", "random"]
@@ -75,7 +87,7 @@ def command_of(vllm: str, plan: Plan, port: int, point: Point, file: Path, promp
         *("--save-result", "--result-dir", str(file.parent), "--result-filename", file.name),
         *chosen,
         *point.flags,
-        *("--num-prompts", str(prompts)),
+        *("--num-prompts", str(requests.count), "--seed", str(requests.seed)),
     ]
 
 
@@ -88,7 +100,13 @@ def read_result(file: Path, exit_code: Optional[int]) -> Measured:
     if read.get("duration"):
         read["input_throughput"] = read.get("total_input_tokens", 0) / read["duration"]
     numbers = {name: float(read[name]) for name in METRICS if isinstance(read.get(name), (int, float))}
-    return Measured(int(read.get("completed", 0)), numbers, exit_code)
+    finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
+    return Measured(int(read.get("completed", 0)), finite, exit_code)
+
+
+def has_begun(log: Path) -> bool:
+    """Whether the client was past the one request that it tries first."""
+    return _BEGUN in log.read_text(encoding="utf-8", errors="replace")
 
 
 def refuse(log: Path, command: Sequence[str] = ("vllm", "bench", "serve")) -> UserError:

@@ -57,6 +57,11 @@ class Point:
         at_rate = round(self.request_rate * SECONDS_AT_A_RATE) if self.request_rate else 0
         return max(LEAST_PROMPTS, PROMPTS_A_SLOT * (self.concurrency or 1), at_rate)
 
+    @property
+    def seed(self) -> int:
+        """The seed that those of the runs are counted from: as --seed says, else 0."""
+        return int(_number(value_of(self.flags, "--seed") or 0, "--seed", int, 0))
+
     def as_dict(self) -> dict[str, Any]:
         """As the result file has it."""
         return {
@@ -119,7 +124,7 @@ def make_points(
         )
     for point in points:
         check_bench_flags(point.flags)
-        _ = point.prompts
+        _ = point.prompts, point.seed
     labels = [point.label for point in points]
     for label in labels:
         if labels.count(label) > 1:
@@ -216,6 +221,8 @@ def _number(value: Any, name: str, kind: type, least: int) -> Any:
         number = kind(str(value))
     except ValueError:
         number = -1
-    if not least <= number < 1_000_000 or number == 0:
-        raise UserError(f"{name} is {value!r}; give numbers above 0, such as 1,4,16.")
+    zero = number == 0 and kind is float  # a rate
+    if not least <= number < 1_000_000 or zero:
+        wanted = "a whole number from 0 on" if kind is int and least == 0 else "numbers above 0, such as 1,4,16"
+        raise UserError(f"{name} is {value!r}; give {wanted}.")
     return number

@@ -21,7 +21,7 @@ NAMES = {
 }
 _COLOURS = {UPSTREAM: "#8a8f98", PATCHED: "#0b6bcb"}
 _WIDTHS = {UPSTREAM: 3.5, PATCHED: 1.5}  # so that neither hides the other where they are alike
-_BETTER, _WORSE = "#2e8b57", "#c0392b"
+_VERDICTS = {"better": "#2e8b57", "worse": "#c0392b", "": "#9aa5b1"}
 _STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10, "svg.fonttype": "none"}
 
 
@@ -36,6 +36,13 @@ def name_of(metric: str) -> str:
 def more_is_better(metric: str) -> bool:
     """Whether a higher value of this metric is the better one."""
     return metric.endswith("throughput") or metric == "kv_cache_tokens"
+
+
+def verdict(row: dict[str, Any]) -> str:
+    """``better`` or ``worse``; empty where the runs do not tell: one run a side, or a spread that goes over 1."""
+    if min(row["upstream_runs"], row["patched_runs"]) < 2 or row["ratio_low"] <= 1 <= row["ratio_high"]:
+        return ""
+    return "better" if (row["ratio"] > 1) == more_is_better(row["metric"]) else "worse"
 
 
 def ratio_bars(result: dict[str, Any]) -> Optional[bytes]:
@@ -53,8 +60,9 @@ def ratio_bars(result: dict[str, Any]) -> Optional[bytes]:
             mine = {label_of(row): row for row in rows if row["metric"] == metric}
             for place, label in enumerate(labels):
                 if label in mine:
-                    _bar(panel, place, mine[label], more_is_better(metric))
+                    _bar(panel, place, mine[label])
             panel.axvline(1, color="black", linewidth=0.8)
+            panel.locator_params(axis="x", nbins=4)
             panel.set_yticks(range(len(labels)), labels)
             panel.set_ylim(len(labels) - 0.4, -0.6)
             panel.set_xlim(0, 1.25 * max([1.0, *(row["ratio_high"] for row in mine.values())]))
@@ -63,11 +71,9 @@ def ratio_bars(result: dict[str, Any]) -> Optional[bytes]:
         return _png(plt, figure)
 
 
-def _bar(panel: Any, place: int, row: dict[str, Any], more: bool) -> None:
+def _bar(panel: Any, place: int, row: dict[str, Any]) -> None:
     ratio, low, high = row["ratio"], row["ratio_low"], row["ratio_high"]
-    clear = low > 1 or high < 1  # else the spread goes over 1 and the bar says nothing
-    colour = "#9aa5b1" if not clear else _BETTER if (ratio > 1) == more else _WORSE
-    panel.barh(place, ratio, height=0.62, color=colour)
+    panel.barh(place, ratio, height=0.62, color=_VERDICTS[verdict(row)])
     panel.plot([low, high], [place, place], color="black", linewidth=1)
     panel.annotate(
         f"{ratio:.2f}", (max(ratio, high), place), xytext=(3, 0), textcoords="offset points", va="center", annotation_clip=False

@@ -30,8 +30,8 @@ dd { margin: 0; overflow-wrap: anywhere } summary { cursor: pointer; margin: .8r
 """
 _EXPLANATION = (
     "Each value is the median over the runs. The ratio is patched ÷ upstream, with the lowest and highest ratio that any two "
-    "runs give behind it. Green is better and red is worse; a ratio whose spread goes over 1 has no colour, as these runs do "
-    "not tell the two apart."
+    "runs give behind it. Green is better and red is worse. A ratio whose spread goes over 1, or of a single run a side, has "
+    "no colour: these runs do not tell the two apart."
 )
 
 
@@ -163,11 +163,7 @@ def _number(value: float | None) -> str:
 def _ratio(row: dict[str, Any] | None) -> str:
     if row is None or row["ratio"] is None:
         return _number_cell("–")
-    low, high = row["ratio_low"], row["ratio_high"]
-    clear = low > 1 or high < 1
-    better = (row["ratio"] > 1) == plots.more_is_better(row["metric"])
-    kind = ("better" if better else "worse") if clear else ""
-    return _number_cell(f"{row['ratio']:.3f} ({low:.3f} – {high:.3f})", kind)
+    return _number_cell(f"{row['ratio']:.3f} ({row['ratio_low']:.3f} – {row['ratio_high']:.3f})", plots.verdict(row))
 
 
 def _file_name(title: str) -> str:

@@ -80,6 +80,7 @@ SCHEMA: dict[str, Any] = {
                 side=_SIDE,
                 **_LOAD,
                 repeat={"type": "integer", "minimum": 1},
+                seed={"type": "integer"},
                 status={"enum": [OK, FAILED, DIED]},
                 requested={"type": "integer", "minimum": 1},
                 completed=_COUNT,

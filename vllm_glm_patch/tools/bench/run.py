@@ -9,11 +9,12 @@ from typing import Any, Optional
 
 from ...errors import UserError
 from . import machine, result
-from .client import drive, refuse
+from .client import Requests, drive, has_begun, refuse
 from .plan import PATCHED, Plan, Point
 from .progress import Teller
 from .server import BenchServer
 
+_SEEDS_A_POINT = 1000  # more than runs of one point, so that no two runs on a server send the same prompts
 _USAGE_ERROR = 2  # what `vllm serve` leaves with for flags it does not take
 
 
@@ -128,7 +129,7 @@ class Measurement:
         place = self._folder / f"{leg}-{server.side}" / _file_name(point)
         for number in range(self._plan.warmups):
             self._teller.now(f"{server.side}: warming up {point.label}")
-            if self._one(leg, server, point, 0, place.with_name(f"{place.name}-warmup-{number + 1}.json"), facts):
+            if self._one(leg, server, point, -number, place.with_name(f"{place.name}-warmup-{number + 1}.json"), facts):
                 self._teller.done(self._plan.repeats)
                 return True
         for repeat in range(1, self._plan.repeats + 1):
@@ -141,15 +142,19 @@ class Measurement:
         return False
 
     def _one(self, leg: int, server: BenchServer, point: Point, repeat: int, file: Path, facts: dict[str, Any]) -> bool:
-        """One run, `repeat` 0 for a warm-up; whether the server died in it."""
-        requested = point.prompts if repeat else min(point.prompts, max(2, point.concurrency or 8))
-        measured = drive(self._vllm, self._plan, server, point, file, requested)
+        """One run, `repeat` below 1 for a warm-up; whether the server died in it."""
+        warming = repeat < 1
+        seed = point.seed + self._plan.points.index(point) * _SEEDS_A_POINT + self._plan.warmups + repeat
+        requested = min(point.prompts, max(2, point.concurrency or 8)) if warming else point.prompts
+        measured = drive(self._vllm, self._plan, server, Requests(point, requested, seed), file)
         completed = measured.completed
         died = (completed is None or completed < requested) and server.has_died()
         if not died and completed is None:
             raise refuse(file.with_suffix(".log"))
+        if died and completed is None and not has_begun(file.with_suffix(".log")):
+            completed = 0
         status = result.DIED if died else result.OK if completed == requested else result.FAILED
-        if repeat or died:
+        if died or not warming:
             run: dict[str, Any] = {
                 "leg": leg,
                 "side": server.side,
@@ -157,6 +162,7 @@ class Measurement:
                 "concurrency": point.concurrency,
                 "request_rate": point.request_rate,
                 "repeat": max(repeat, 1),
+                "seed": seed,
                 "status": status,
                 "requested": requested,
                 "completed": completed,
@@ -166,7 +172,7 @@ class Measurement:
             self.result["runs"].append(run)
             self._tell(run)
         if died:
-            self._died(server, facts, point, completed, warming=not repeat)
+            self._died(server, facts, point, completed, warming=warming)
         elif status == result.FAILED:
             self._find(f"{server.side}: {requested - (completed or 0)} of {requested} requests failed in {point.label}.")
         return died

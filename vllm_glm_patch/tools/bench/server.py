@@ -19,7 +19,7 @@ from .plan import PATCHED, Plan
 from .processes import Group
 
 _KV_CACHE = re.compile(r"KV cache size: ([\d,]+) tokens")
-_VERSION = re.compile(r"\bversion (\d+\.\d+\.\d+\S*)")
+_VERSION = re.compile(r"(?:API server|[▀▄█] *) version (\d+\.\d+\.\d+\S*)")  # older releases, newer ones
 _RAISED = re.compile(r"(?:\w+\.)*\w*(?:Error|Exception)\b: .+")
 _DYING = 15.0  # seconds until an API server whose engine died has ended or says that it is not well
 _POLL = 0.2
