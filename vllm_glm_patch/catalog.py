@@ -60,6 +60,8 @@ class Patch:
     """How the defect is told from a source tree; see `tools.scan`."""
     signatures: tuple[Mapping[str, Any], ...]
     """How the defect shows in a log; see `fence.diagnose`."""
+    corrections: tuple[Mapping[str, Any], ...] = ()
+    """How the source itself is corrected; see `tools.apply_source`."""
     defect: bool = True
     """False where the entry makes something faster that is not wrong."""
     relies_on: tuple[str, ...] = ()
@@ -138,6 +140,7 @@ def _read(file: Path) -> Patch | Broken:
             issues=tuple(table.get("issues", [])),
             evidence=tuple(table.get("evidence", [])),
             signatures=tuple(table.get("signature", [])),
+            corrections=tuple(table.get("correction", [])),
             defect=bool(table.get("defect", True)),
             relies_on=tuple(table.get("relies_on", [])),
         )

@@ -8,7 +8,7 @@ from typing import Optional
 import typer
 
 from .errors import UserError
-from .tools import bench, diagnose, doctor, fence, model, patches, scan
+from .tools import apply_source, bench, diagnose, doctor, fence, model, patches, scan
 from .version import __version__
 
 EXIT_CODES = """Exit codes of every command:
@@ -30,6 +30,7 @@ app = typer.Typer(
 app.command("doctor")(doctor.command)
 app.command("patches")(patches.command)
 app.command("scan")(scan.command)
+app.command("apply-source")(apply_source.command)
 app.command("model")(model.command)
 app.command("fence")(fence.command)
 app.command("diagnose")(diagnose.command)
