@@ -153,7 +153,7 @@ def cases() -> list[Case]:
                 3,
                 False,
             )
-            for columns, warps in ((2, 8), (1, 4), (4, 4), (4, 8))
+            for columns, warps in ((2, 8), (1, 4), (2, 4), (4, 8))
         ),
         Case(
             "pairs gemm2",
