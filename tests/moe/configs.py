@@ -78,3 +78,16 @@ def run_guarded(inputs: Inputs, config: Config) -> torch.Tensor:
 def with_tokens(problem: Problem, tokens: int) -> Problem:
     """The same problem with another token count."""
     return dataclasses.replace(problem, tokens=tokens)
+
+
+# Against the reference with the same FP8 steps. What is left: bf16 of the activations before requantisation (moves
+# some values by one FP8 step, 1 – 2 %), of the partials and of the output (the interpreter truncates, 0.5 %).
+TOLERANCE = 0.03
+
+
+def tolerance(problem: Problem) -> float:
+    """`TOLERANCE`, and more where few values carry the error: one FP8 step is up to 1/8 of its value.
+
+    Of 128 seeds of 5 tokens, width 40 (200 values), the median was 0.008, and 3 lay between 0.03 and 0.037.
+    """
+    return TOLERANCE + 0.2 / (problem.tokens * problem.intermediate_size) ** 0.5

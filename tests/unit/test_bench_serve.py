@@ -191,7 +191,14 @@ def test_an_interruption_keeps_what_is_measured_and_ends_the_server(bench: Bench
     environment = {**os.environ, "FAKE_VLLM": json.dumps({"seconds": 1}), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "vllm_glm_patch", "bench", "serve", "model", "--out", str(bench.out)]
     command += ["--warmups", "0", "--repeats", "50", "--", "--num-prompts", "2"]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    )
     try:
         wait_until(lambda: (bench.out / results.NAME).exists() and bench.result()["runs"])
         process.send_signal(number)

@@ -17,6 +17,7 @@ from typer.core import TyperCommand
 
 from ...errors import UserError
 from ..output import Table, show, show_json
+from . import processes
 
 _BENCH_FLAGS = "flags of vllm bench serve"
 _SHOWN = ("input_throughput", "output_throughput", "median_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "median_e2el_ms")
@@ -82,6 +83,7 @@ def serve(
             with _terminable():
                 measurement.make()
         except KeyboardInterrupt:
+            processes.stop_all()
             interrupted = True
     if as_json:
         show_json(measurement.result)
@@ -167,7 +169,7 @@ def _terminable() -> Iterator[None]:
     def interrupt(number: int, frame: Optional[FrameType]) -> None:
         for other in numbers:
             signal.signal(other, signal.SIG_IGN)
-        raise KeyboardInterrupt
+        processes.interrupt()
 
     before = [(number, signal.signal(number, interrupt)) for number in numbers]
     try:

@@ -12,19 +12,45 @@ from pathlib import Path
 from typing import Optional
 
 _GRACE = 10.0  # seconds to leave by itself after SIGTERM
+_living: list[Group] = []
+_starting = _interrupted = False
+
+
+def interrupt() -> None:
+    """Raise KeyboardInterrupt; while a command is being started, as soon as it can be ended."""
+    global _interrupted
+    if _starting:
+        _interrupted = True
+        return
+    raise KeyboardInterrupt
+
+
+def stop_all() -> None:
+    """End every group that still runs."""
+    for group in _living:
+        group.stop()
 
 
 class Group:
     """A running command and what it starts. What it prints goes to `log`."""
 
     def __init__(self, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
+        global _starting, _interrupted
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as output:
-            self._process = subprocess.Popen(
-                list(command), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=dict(environment),
-                start_new_session=True,
-            )  # fmt: skip
+            _starting = True
+            try:
+                self._process = subprocess.Popen(
+                    list(command), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=dict(environment),
+                    start_new_session=True,
+                )  # fmt: skip
+                _living.append(self)
+            finally:
+                _starting = False
+        if _interrupted:
+            _interrupted = False
+            raise KeyboardInterrupt
 
     def exit_code(self) -> Optional[int]:
         """The exit code of the command; None while it runs."""
@@ -54,6 +80,8 @@ class Group:
             self._process.poll()
             time.sleep(0.1)
         self._process.wait()
+        if self in _living:
+            _living.remove(self)
 
     def log_text(self) -> str:
         """Everything it has printed so far."""
