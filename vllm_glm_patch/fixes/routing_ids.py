@@ -83,13 +83,8 @@ def _run(original: Any) -> Any:
         ids, weights = given("topk_ids"), given("topk_weights")
         if given("use_batched_format") or weights is None or ids.numel() == 0:
             return original(*args, **kwargs)
-        routing = sanitise(ids, weights, _experts(given), _scales(given))
-        if full_step_probe.active is not None:
-            full_step_probe.active.saw_ids(routing.ids, _experts(given))
-        new = {"topk_ids": routing.ids, "topk_weights": routing.weights}
-        if routing.scales is not None:
-            new["a1q_scale"] = routing.scales
-        args, kwargs = arguments.replaced(args, kwargs, new)
+        routing, new = _sanitised(given)
+        args, kwargs = arguments.replaced(args, kwargs, {**new, "topk_weights": routing.weights})
         return original(*args, **kwargs)
 
     return run_cutlass_moe_fp8
@@ -106,10 +101,7 @@ def _apply(original: Any) -> Any:
         ids, weights = given("topk_ids"), given("topk_weights")
         if ids.dim() != 2 or given("hidden_states").dim() != 2 or ids.numel() == 0:
             return original(*args, **kwargs)
-        routing = sanitise(ids, weights, _experts(given), _scales(given))
-        if full_step_probe.active is not None:
-            full_step_probe.active.saw_ids(routing.ids, _experts(given))
-        new = {"topk_ids": routing.ids} | ({} if routing.scales is None else {"a1q_scale": routing.scales})
+        routing, new = _sanitised(given)
         new_args, new_kwargs = arguments.replaced(args, kwargs, new)
         result = original(*new_args, **new_kwargs)
         if given("apply_router_weight_on_input"):
@@ -120,6 +112,16 @@ def _apply(original: Any) -> Any:
         return result
 
     return apply
+
+
+def _sanitised(given: Any) -> tuple[Routing, dict[str, torch.Tensor]]:
+    """The routing of one call, and the arguments that take its ids and scales; a running warm-up sees the ids."""
+    experts = _experts(given)
+    routing = sanitise(given("topk_ids"), given("topk_weights"), experts, _scales(given))
+    if full_step_probe.active is not None:
+        full_step_probe.active.saw_ids(routing.ids, experts)
+    scales = {} if routing.scales is None else {"a1q_scale": routing.scales}
+    return routing, {"topk_ids": routing.ids, **scales}
 
 
 def _experts(given: Any) -> int:
