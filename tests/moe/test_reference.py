@@ -54,3 +54,8 @@ def test_check_spread_refuses_a_collapsed_routing(seed) -> None:
     check_spread(make_routing(problem, generator, "spread")[1], problem)
     with pytest.raises(AssertionError):
         check_spread(make_routing(problem, generator, "collapsed")[1], problem)
+
+
+def test_check_spread_allows_what_chance_leaves_unused_of_few_experts() -> None:
+    problem = Problem(tokens=5, experts=4, global_experts=4, top_k=1)
+    check_spread(torch.tensor([[0], [0], [1], [0], [1]], dtype=torch.int32), problem)

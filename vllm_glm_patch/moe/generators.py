@@ -157,6 +157,9 @@ def check_spread(topk_ids: torch.Tensor, problem: Problem) -> None:
     used, most = spread(topk_ids, problem)
     average = problem.pairs / problem.global_experts
     if problem.pairs:
-        wanted = problem.global_experts * (1.0 - (1.0 - problem.top_k / problem.global_experts) ** problem.tokens)
-        assert used >= 0.7 * wanted, f"{used} experts used, {wanted:.0f} expected of a spread routing"
+        experts = problem.global_experts
+        wanted = experts * (1.0 - (1.0 - problem.top_k / experts) ** problem.tokens)
+        # Seven tenths of what is expected, but for a handful of experts chance alone leaves more than that unused.
+        least = min(0.7 * wanted, wanted - 3.0 * experts**0.5)
+        assert used >= least, f"{used} experts used, {wanted:.0f} expected of a spread routing"
         assert most <= 3 * average + 16, f"an expert got {most} tokens, {average:.0f} is the average"
