@@ -1,0 +1,127 @@
+// What host and device code agree on: the kernels' names, arguments, launch shapes, shared memory and tensor maps.
+// Plain C++17 without includes, so that g++, nvcc and NVRTC all read it. Sizes in bytes unless said otherwise.
+#pragma once
+
+namespace glm_hopper {
+
+// Grows whenever a name, an argument or a rule below changes; the host refuses a cubin built from another number.
+constexpr int abi_version = 1;
+
+// CUtensorMap as the device sees it: 128 opaque bytes made by cuTensorMapEncodeTiled, passed by value as a
+// `const __grid_constant__` argument. Host code passes its CUtensorMap; size and alignment are the same.
+struct alignas(64) TensorMap {
+    unsigned long long opaque[16];
+};
+
+// ---------------------------------------------------------------------------------------------- tensor maps
+// All: element type UINT8, interleave NONE, swizzle 128B, l2Promotion 128B (256B for weights is worth a try),
+// oobFill NONE (zeros), elementStrides 1. dims and box are innermost first; strides are those of dims 1 … rank−1.
+// K = hidden_size, N = intermediate_size, E = experts, P = pairs (tokens × top_k; rows of the activation buffer).
+// `expert stride` is stride(0) of the weight tensor in bytes. Every stride must be a multiple of 16, every base of 16.
+enum class Map : int {
+    none = 0,
+    w13_rows,         // dims {K, 2N, E}       strides {K, expert}          box {128, 96, 1}
+    w13_interleaved,  // dims {K, 8, 2, N/8, E} strides {K, N·K, 8·K, expert} box {128, 8, 2, 4, 1}
+    act_rows,         // dims {N, P}           strides {N}                  box {128, 128}
+    w2_rows,          // dims {N, K, E}        strides {N, expert}          box {128, 128, 1}
+};
+
+struct MapShape {
+    Map map;
+    int rank;
+    int box[5];
+};
+
+constexpr MapShape map_shapes[] = {
+    {Map::w13_rows, 3, {128, 96, 1, 0, 0}},
+    {Map::w13_interleaved, 5, {128, 8, 2, 4, 1}},
+    {Map::act_rows, 2, {128, 128, 0, 0, 0}},
+    {Map::w2_rows, 3, {128, 128, 1, 0, 0}},
+};
+
+// ---------------------------------------------------------------------------------------------- arguments
+// In this order, by value; pointers are device pointers, aligned to 16 bytes but for int and float arrays (4).
+// `tiles` is one list of routing.py: [3, max_tiles] int32 (expert, first row, rows): GEMM1's first list (tiles), GEMM2's
+// the second (tiles + 3 · max_tiles), built with BLOCK_M = the kernel's tile_rows. `counts` is routing.py's array.
+//
+// Family::gemm1 (all of glm_gemm1_row_*, glm_gemm1_columns_*; glm_gemm1_exact_c1 is columns with every K step summed in fp32):
+//     TensorMap w13_rows, const u8* tokens [M, K] FP8, const float* token_scales [M], const float* w13_scales [E, 2N],
+//     void* act [P, N] (FP8 for row, bf16 for columns), float* act_scales [P] (row only; columns ignores it, pass null),
+//     const int* rows [P], const int* tiles, const int* counts, int max_tiles, int hidden_size, int intermediate_size,
+//     int top_k
+// Family::gemm2 (glm_gemm2_sum_*): GEMM2 and the top-k sum in one launch.
+//     TensorMap act_rows, TensorMap w2_rows, const float* act_scales [P], const float* w2_scales [E, K],
+//     const float* topk_weights [P], bf16* partial [slots, P, slice], const int* local_ids [P], bf16* out [M, K],
+//     const int* rows [P], const int* tiles, const int* counts, int* counters, int tokens, int max_tiles,
+//     int hidden_size, int intermediate_size, int experts, int top_k, int slice, int slots
+//     counters: 2 + 2 · ceil(K / slice) int32 zeros before every launch: counts + 3, which routing.py zeroes (257 of them).
+// Family::gemm1_decode (glm_gemm1_decode_*):
+//     TensorMap w13_interleaved, const u8* tokens [M, K] FP8, const float* token_scales [M], const float* w13_scales,
+//     bf16* act [P, N], const int* rows, const int* tiles, const int* counts, int max_tiles, int hidden_size,
+//     int intermediate_size, int top_k
+// Family::gemm2_decode (glm_gemm2_decode_*): quantises the rows of act as it reads them.
+//     TensorMap w2_rows, const bf16* act [P, N], const float* w2_scales, const float* topk_weights, bf16* partial [P, K],
+//     const int* rows, const int* tiles, const int* counts, int max_tiles, int hidden_size, int intermediate_size
+// Family::sum (glm_topk_sum): out = Σ over a token's valid choices, choice 0 first, fp32.
+//     const bf16* partial [P, K], const int* local_ids [P], bf16* out [M, K], int tokens, int hidden_size, int experts,
+//     int top_k
+enum class Family : int { gemm1 = 0, gemm2, gemm1_decode, gemm2_decode, sum };
+
+// Sizes any kernel can serve; `supports()` on the host is this and compute capability 9.0.
+//   hidden_size % 256 == 0; intermediate_size % 192 == 0; intermediate_size == 192 for glm_gemm1_row_*;
+//   intermediate_size ≤ 1536 for glm_gemm2_decode_*; slice % tile_columns == 0, hidden_size % slice == 0, slots ≥ 1,
+//   and slots ≥ 2 where hidden_size > slice.
+
+// ---------------------------------------------------------------------------------------------- launches
+enum class Grid : int {
+    persistent,  // multiprocessors, rounded down to a multiple of `cluster`; fewer is right too, never 0
+    per_vector,  // ceil(tokens · hidden_size / 8 / block)
+};
+
+struct Kernel {
+    const char* name;    // extern "C" entry point
+    const char* source;  // file under csrc/hopper that defines it
+    Family family;
+    Grid grid;
+    int block;         // threads
+    int cluster;       // CTAs along x; 1 launches without the attribute
+    int tile_rows;     // BLOCK_M of the tile list it reads
+    int tile_columns;  // output channels of one work item
+    int stages;
+    int stage_bytes;
+    bool programmatic;  // may be launched with PROGRAMMATIC_STREAM_SERIALIZATION (it calls griddepcontrol)
+    Map maps[2];
+};
+
+constexpr Kernel kernels[] = {
+    {"glm_gemm1_row_c1", "gemm1_prefill.cu", Family::gemm1, Grid::persistent, 384, 1, 128, 192, 3, 65536, false, {Map::w13_rows, Map::none}},
+    {"glm_gemm1_row_c2", "gemm1_prefill.cu", Family::gemm1, Grid::persistent, 384, 2, 256, 192, 3, 65536, false, {Map::w13_rows, Map::none}},
+    {"glm_gemm1_columns_c1", "gemm1_prefill.cu", Family::gemm1, Grid::persistent, 384, 1, 128, 192, 3, 65536, false, {Map::w13_rows, Map::none}},
+    {"glm_gemm1_columns_c2", "gemm1_prefill.cu", Family::gemm1, Grid::persistent, 384, 2, 256, 192, 3, 65536, false, {Map::w13_rows, Map::none}},
+    {"glm_gemm1_exact_c1", "gemm1_prefill.cu", Family::gemm1, Grid::persistent, 384, 1, 128, 96, 5, 40960, false, {Map::w13_rows, Map::none}},
+    {"glm_gemm2_sum_n128", "gemm2_prefill.cu", Family::gemm2, Grid::persistent, 512, 1, 128, 128, 6, 32768, false, {Map::act_rows, Map::w2_rows}},
+    {"glm_gemm2_sum_n256", "gemm2_prefill.cu", Family::gemm2, Grid::persistent, 512, 1, 128, 256, 4, 49152, false, {Map::act_rows, Map::w2_rows}},
+    {"glm_gemm1_decode_t8", "gemm1_decode.cu", Family::gemm1_decode, Grid::persistent, 256, 1, 8, 32, 20, 9216, true, {Map::w13_interleaved, Map::none}},
+    {"glm_gemm1_decode_t16", "gemm1_decode.cu", Family::gemm1_decode, Grid::persistent, 256, 1, 16, 32, 18, 10240, true, {Map::w13_interleaved, Map::none}},
+    {"glm_gemm1_decode_t32", "gemm1_decode.cu", Family::gemm1_decode, Grid::persistent, 256, 1, 32, 64, 9, 20480, true, {Map::w13_interleaved, Map::none}},
+    {"glm_gemm1_decode_t64", "gemm1_decode.cu", Family::gemm1_decode, Grid::persistent, 256, 1, 64, 64, 8, 24576, true, {Map::w13_interleaved, Map::none}},
+    {"glm_gemm2_decode_t8", "gemm2_decode.cu", Family::gemm2_decode, Grid::persistent, 256, 1, 8, 128, 6, 16384, true, {Map::w2_rows, Map::none}},
+    {"glm_gemm2_decode_t16", "gemm2_decode.cu", Family::gemm2_decode, Grid::persistent, 256, 1, 16, 128, 6, 16384, true, {Map::w2_rows, Map::none}},
+    {"glm_gemm2_decode_t32", "gemm2_decode.cu", Family::gemm2_decode, Grid::persistent, 256, 1, 32, 128, 6, 16384, true, {Map::w2_rows, Map::none}},
+    {"glm_gemm2_decode_t64", "gemm2_decode.cu", Family::gemm2_decode, Grid::persistent, 256, 1, 64, 128, 6, 16384, true, {Map::w2_rows, Map::none}},
+    {"glm_topk_sum", "topk_sum.cu", Family::sum, Grid::per_vector, 256, 1, 0, 8, 0, 0, true, {Map::none, Map::none}},
+};
+
+// Barriers, scales and item numbers lie in this many bytes behind the stages; the first stage is aligned to 1024 by hand.
+constexpr int shared_extra = 4096;
+
+// Dynamic shared memory of a launch. decode GEMM2 also keeps the tile's FP8 rows and a staging area for its output.
+constexpr int shared_bytes(const Kernel& kernel, int intermediate_size) {
+    if (kernel.family == Family::sum) return 0;
+    int bytes = kernel.stages * kernel.stage_bytes + shared_extra + 1024;
+    if (kernel.family == Family::gemm2_decode)
+        bytes += kernel.tile_rows * ((intermediate_size + 127) / 128 * 128 + 272);
+    return bytes;
+}
+
+}  // namespace glm_hopper

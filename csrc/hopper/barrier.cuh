@@ -1,0 +1,72 @@
+// Barriers: mbarriers in shared memory (one arrival count and one byte count a phase), named ones, block and cluster.
+#pragma once
+
+#include "platform.cuh"
+
+#if defined(__CUDACC__) && !defined(GLM_HOPPER_EMULATE)
+namespace glm_hopper {
+
+GLM_DEVICE void barrier_init(u32 barrier, u32 arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+// After the inits, before the block or cluster barrier that makes them known.
+GLM_DEVICE void barrier_init_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+// One arrival, and the phase also waits for this many bytes of TMA.
+GLM_DEVICE void barrier_expect(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+GLM_DEVICE void barrier_arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// Arrive at the barrier that lies at the same address in another block of the cluster.
+GLM_DEVICE void barrier_arrive_at(u32 barrier, u32 rank) {
+    asm volatile(
+        "{\n\t.reg .b32 remote;\n\t"
+        "mapa.shared::cluster.u32 remote, %0, %1;\n\t"
+        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n\t}" ::"r"(barrier),
+        "r"(rank)
+        : "memory");
+}
+// Waits until the phase of this parity is complete. A new barrier counts as having completed parity 1.
+GLM_DEVICE void barrier_wait(u32 barrier, u32 parity) {
+    asm volatile(
+        "{\n\t.reg .pred done;\n\t"
+        "WAIT_%=:\n\t"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n\t"
+        "@done bra DONE_%=;\n\t"
+        "bra WAIT_%=;\n\t"
+        "DONE_%=:\n\t}" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+}
+
+// Named barriers 1 … 15 among `threads` threads (whole warps).
+GLM_DEVICE void named_barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+GLM_DEVICE void block_barrier() { __syncthreads(); }
+GLM_DEVICE void cluster_barrier() {
+    asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+}  // namespace glm_hopper
+#endif
+
+namespace glm_hopper {
+
+// Position in a ring of STAGES slots, each with a `full` and an `empty` mbarrier of 8 bytes.
+// A slot's users wait for full with `parity`, its filler for empty with `parity ^ 1`.
+template <int STAGES>
+struct Ring {
+    int slot = 0;
+    u32 parity = 0;
+
+    GLM_HD void advance() {
+        if (++slot == STAGES) {
+            slot = 0;
+            parity ^= 1;
+        }
+    }
+    GLM_HD int previous() const { return slot == 0 ? STAGES - 1 : slot - 1; }
+};
+
+}  // namespace glm_hopper

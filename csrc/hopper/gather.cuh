@@ -1,0 +1,32 @@
+// Gathered rows: 16-byte cp.async from scattered token rows into a swizzled tile, which TMA on Hopper cannot do.
+#pragma once
+
+#include "swizzle.cuh"
+
+#if defined(__CUDACC__) && !defined(GLM_HOPPER_EMULATE)
+namespace glm_hopper {
+
+GLM_DEVICE void copy_chunk(u32 target, const u8* source) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
+}
+// This thread's arrival at the barrier, made once its copies so far have landed. Counts as one of the barrier's arrivals.
+GLM_DEVICE void copies_arrive(u32 barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+}  // namespace glm_hopper
+#endif
+
+namespace glm_hopper {
+
+// One warpgroup of 128 threads fills a tile of rows × 128 bytes: 8 neighbouring threads take the 8 chunks of a row, so a
+// row is one 128-byte line; a thread's rows are 16 apart, and so all its chunks have the same place in their rows.
+constexpr int gather_threads = 128;
+constexpr int gather_rows = gather_threads / 8;  // rows filled by one round of the warpgroup
+
+GLM_HD int gather_row(int thread, int round) { return thread / 8 + gather_rows * round; }
+GLM_HD int gather_chunk(int thread) { return thread % 8; }
+// Byte offset in the tile of round 0's chunk; round i adds i · gather_rows · 128, which leaves the swizzle as it is.
+GLM_HD u32 gather_target(int thread) { return swizzled_address(0, gather_row(thread, 0), gather_chunk(thread) * chunk_bytes); }
+
+}  // namespace glm_hopper

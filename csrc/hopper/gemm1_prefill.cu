@@ -1,0 +1,291 @@
+// GEMM1 for many tokens: gathered FP8 rows × w13ᵀ, SwiGLU in registers, and at width 192 requantisation too.
+//
+// Work item: 128 rows of one expert (of a tile of 128 · CLUSTER rows) × COLUMNS gate and the same COLUMNS up columns. A
+// block takes items in turn until none is left. Three warpgroups: the first fills a ring of K steps of 128 (weights by TMA,
+// token rows by cp.async), the other two own 64 rows each and multiply. In a cluster of two the blocks share an expert:
+// each fetches half the weight rows for both.
+#include "barrier.cuh"
+#include "epilogue.cuh"
+#include "gather.cuh"
+#include "mma.cuh"
+#include "tma.cuh"
+
+namespace glm_hopper {
+
+constexpr int gemm1_rows = 128;      // rows of a block's item
+constexpr int gemm1_consumers = 2;   // warpgroups that multiply
+constexpr int gemm1_box_rows = 96;   // weight rows of one TMA box (Map::w13_rows)
+constexpr int k_step = 128;          // bytes, and FP8 elements, of K in one stage
+
+struct Gemm1Arguments {
+    const u8* tokens;
+    const float* token_scales;
+    const float* w13_scales;
+    void* act;
+    float* act_scales;
+    const int* rows;
+    const int* tiles;
+    const int* counts;
+    int max_tiles, hidden_size, intermediate_size, top_k;
+};
+
+// One K step of the gate and the up half. a: 64 rows of tokens; COLUMNS weight rows each at gate_rows and up_rows.
+template <int COLUMNS>
+GLM_DEVICE void gemm1_step(float (&gate)[COLUMNS / 2], float (&up)[COLUMNS / 2], u32 a, u32 gate_rows, bool accumulate) {
+    const u64 token_rows = descriptor(a), gates = descriptor(gate_rows), ups = descriptor(gate_rows + COLUMNS * 128);
+#pragma unroll
+    for (int step = 0; step < k_step / mma_k; ++step) {
+        mma<COLUMNS>(gate, token_rows + step * descriptor_step, gates + step * descriptor_step, accumulate || step > 0);
+        mma<COLUMNS>(up, token_rows + step * descriptor_step, ups + step * descriptor_step, accumulate || step > 0);
+    }
+    mma_commit();
+}
+
+// ROW: act is FP8 with act_scales, and COLUMNS is the whole width; else bf16. PROMOTE: every K step is summed outside the
+// tensor core, whose own sums keep some 14 bits.
+template <int COLUMNS, int CLUSTER, bool ROW, bool PROMOTE, int STAGES>
+GLM_DEVICE void gemm1_prefill(const TensorMap& w13, const Gemm1Arguments& p) {
+    constexpr u32 a_bytes = gemm1_rows * k_step, b_bytes = 2 * COLUMNS * k_step, stage_bytes = a_bytes + b_bytes;
+    constexpr int boxes = COLUMNS / gemm1_box_rows;  // of the gate half, and as many of the up half
+    static_assert(COLUMNS % gemm1_box_rows == 0 && boxes % CLUSTER == 0, "each block of a cluster fetches whole boxes");
+    constexpr int consumer_warps = gemm1_consumers * 4;
+    // A launch of 384 threads gets 168 registers for each: 504 for the three roles. Either split spilled for the other case.
+    constexpr int producer_registers = CLUSTER == 1 ? 56 : 40, consumer_registers = CLUSTER == 1 ? 224 : 232;
+    static_assert(producer_registers + gemm1_consumers * consumer_registers <= 504, "setmaxnreg would wait for ever");
+
+    const u32 ring = align_up(shared_base(), atom_bytes);
+    const u32 full = ring + STAGES * stage_bytes, empty = full + 8 * STAGES;
+    const int thread = thread_index();
+    const int warpgroup = warp_uniform(thread / 128);
+    const int rank = CLUSTER == 1 ? 0 : cluster_rank();
+
+    if (thread == 0) {
+        prefetch_map(w13);
+        for (int slot = 0; slot < STAGES; ++slot) {
+            barrier_init(full + 8 * slot, gather_threads + 1);
+            barrier_init(empty + 8 * slot, consumer_warps * CLUSTER);
+        }
+        barrier_init_done();
+    }
+    if (CLUSTER == 1) {
+        block_barrier();
+    } else {
+        cluster_barrier();
+    }
+
+    const int blocks = p.intermediate_size / COLUMNS;
+    const int items = p.counts[1] * blocks;
+    const int steps = p.hidden_size / k_step;
+    const int first_item = block_index() / CLUSTER, stride = grid_size() / CLUSTER;
+    Ring<STAGES> position;
+
+    if (warpgroup == 0) {
+        registers_down<producer_registers>();
+        constexpr int rounds = gemm1_rows / gather_rows;
+        const int chunk = gather_chunk(thread);
+        const int chunks = p.hidden_size / chunk_bytes;
+        const u32 target = gather_target(thread);
+        for (int item = first_item; item < items; item += stride) {
+            const int tile = item / blocks, column = item % blocks * COLUMNS;
+            const int expert = p.tiles[tile];
+            const int first_row = p.tiles[p.max_tiles + tile] + rank * gemm1_rows;
+            const int size = p.tiles[2 * p.max_tiles + tile] - rank * gemm1_rows;
+            // In 16-byte units. Rows past the end are not fetched: they only reach accumulators that nobody stores.
+            u32 source[rounds];
+#pragma unroll
+            for (int round = 0; round < rounds; ++round) {
+                const int row = gather_row(thread, round);
+                source[round] = 0;
+                if (row < size) source[round] = static_cast<u32>(p.rows[first_row + row] / p.top_k) * chunks + chunk;
+            }
+#pragma unroll 1
+            for (int step = 0; step < steps; ++step) {
+                const u32 stage = ring + position.slot * stage_bytes, ready = full + 8 * position.slot;
+                barrier_wait(empty + 8 * position.slot, position.parity ^ 1);
+                if (thread == 0) {
+                    barrier_expect(ready, b_bytes);
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+                        for (int mine = 0; mine < boxes / CLUSTER; ++mine) {
+                            const int box = rank * (boxes / CLUSTER) + mine;
+                            const u32 where = stage + a_bytes + (half * boxes + box) * gemm1_box_rows * k_step;
+                            const int row = half * p.intermediate_size + column + box * gemm1_box_rows;
+                            if (CLUSTER == 1) {
+                                copy_box(where, w13, ready, step * k_step, row, expert);
+                            } else {
+                                copy_box_to((1u << CLUSTER) - 1, where, w13, ready, step * k_step, row, expert);
+                            }
+                        }
+                    }
+                }
+                const u8* from = p.tokens + step * k_step;
+#pragma unroll
+                for (int round = 0; round < rounds; ++round) {
+                    if (gather_row(thread, round) < size) {
+                        copy_chunk(stage + target + round * gather_rows * k_step,
+                                   from + static_cast<u64>(source[round]) * chunk_bytes);
+                    }
+                }
+                copies_arrive(ready);
+                position.advance();
+            }
+        }
+    } else {
+        registers_up<consumer_registers>();
+        const int t = thread % 128, lane = thread % 32;
+        const int rows_before = (warpgroup - 1) * mma_rows;
+        // One lane of each warp frees a slot, in every block that writes into it.
+        auto release = [&](int slot) {
+            if (CLUSTER == 1) {
+                if (lane == 0) barrier_arrive(empty + 8 * slot);
+            } else {
+                if (lane < CLUSTER) barrier_arrive_at(empty + 8 * slot, lane);
+            }
+        };
+        for (int item = first_item; item < items; item += stride) {
+            const int tile = item / blocks;
+            const int first_row = p.tiles[p.max_tiles + tile] + rank * gemm1_rows + rows_before;
+            const int size = p.tiles[2 * p.max_tiles + tile] - rank * gemm1_rows - rows_before;
+            if (size <= 0) {
+                for (int step = 0; step < steps; ++step) {
+                    barrier_wait(full + 8 * position.slot, position.parity);
+                    release(position.slot);
+                    position.advance();
+                }
+                continue;
+            }
+            // Read as late as their latency allows: over the loops below every register counts.
+            float token_scale[2];
+            auto read_token_scales = [&]() {
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const int row = fragment_row(t, 2 * half);
+                    token_scale[half] = row < size ? p.token_scales[p.rows[first_row + row] / p.top_k] : 0.0f;
+                }
+            };
+            float gate[COLUMNS / 2], up[COLUMNS / 2];
+            if constexpr (PROMOTE) {
+                float step_gate[COLUMNS / 2], step_up[COLUMNS / 2];
+#pragma unroll
+                for (int i = 0; i < COLUMNS / 2; ++i) gate[i] = up[i] = 0.0f;
+#pragma unroll 1
+                for (int step = 0; step < steps; ++step) {
+                    const u32 stage = ring + position.slot * stage_bytes;
+                    barrier_wait(full + 8 * position.slot, position.parity);
+                    fence_proxy_async();
+                    mma_settle(step_gate);
+                    mma_settle(step_up);
+                    mma_fence();
+                    gemm1_step<COLUMNS>(step_gate, step_up, stage + rows_before * k_step, stage + a_bytes, false);
+                    mma_wait<0>();
+                    mma_settle(step_gate);
+                    mma_settle(step_up);
+                    release(position.slot);
+#pragma unroll
+                    for (int i = 0; i < COLUMNS / 2; ++i) {
+                        gate[i] += step_gate[i];
+                        up[i] += step_up[i];
+                    }
+                    position.advance();
+                }
+                read_token_scales();
+            } else {
+#pragma unroll 1
+                for (int step = 0; step < steps; ++step) {
+                    const u32 stage = ring + position.slot * stage_bytes;
+                    barrier_wait(full + 8 * position.slot, position.parity);
+                    fence_proxy_async();
+                    mma_fence();
+                    gemm1_step<COLUMNS>(gate, up, stage + rows_before * k_step, stage + a_bytes, step > 0);
+                    // The step before is done, so its slot is free; this one runs on.
+                    mma_wait<1>();
+                    if (step > 0) release(position.previous());
+                    position.advance();
+                }
+                read_token_scales();
+                mma_wait<0>();
+                mma_settle(gate);
+                mma_settle(up);
+                release(position.previous());
+            }
+
+            const int expert = p.tiles[item / blocks], column = item % blocks * COLUMNS;
+            const float* gate_scales = p.w13_scales + static_cast<i64>(expert) * 2 * p.intermediate_size + column;
+            const float* up_scales = gate_scales + p.intermediate_size;
+            float largest[2] = {0.0f, 0.0f};
+#pragma unroll
+            for (int group = 0; group < COLUMNS / 8; ++group) {
+                const Float2 gate_scale = load_float2(gate_scales + fragment_column(t, 4 * group));
+                const Float2 up_scale = load_float2(up_scales + fragment_column(t, 4 * group));
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+#pragma unroll
+                    for (int pair = 0; pair < 2; ++pair) {
+                        const int i = 4 * group + 2 * half + pair;
+                        const float y = swiglu(gate[i] * token_scale[half] * (pair ? gate_scale.y : gate_scale.x),
+                                               up[i] * token_scale[half] * (pair ? up_scale.y : up_scale.x));
+                        gate[i] = y;
+                        largest[half] = larger(largest[half], magnitude(y));
+                    }
+                }
+            }
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int row = fragment_row(t, 2 * half);
+                const i64 out_row = first_row + row;
+                if constexpr (ROW) {
+                    const float scale = quantisation_scale(quad_max(largest[half]));
+                    const float inverse = divide_exactly(1.0f, scale);
+                    u8* out = static_cast<u8*>(p.act) + out_row * COLUMNS;
+#pragma unroll
+                    for (int four = 0; four < COLUMNS / 32; ++four) {
+                        u16 packed[4];
+#pragma unroll
+                        for (int group = 0; group < 4; ++group) {
+                            const int i = 16 * four + 4 * group + 2 * half;
+                            packed[group] = pack_fp8(quotient(gate[i], scale, inverse), quotient(gate[i + 1], scale, inverse));
+                        }
+                        const Vector2 columns = transpose_quad(packed, lane);
+                        if (row < size) store_8(out + 32 * four + 8 * (lane % 4), columns);
+                    }
+                    if (row < size && lane % 4 == 0) p.act_scales[out_row] = scale;
+                } else {
+                    u16* out = static_cast<u16*>(p.act) + out_row * p.intermediate_size + column;
+#pragma unroll
+                    for (int four = 0; four < COLUMNS / 32; ++four) {
+                        u32 packed[4];
+#pragma unroll
+                        for (int group = 0; group < 4; ++group) {
+                            const int i = 16 * four + 4 * group + 2 * half;
+                            packed[group] = pack_bf16(gate[i], gate[i + 1]);
+                        }
+                        const Vector4 columns = transpose_quad(packed, lane);
+                        if (row < size) store_16(out + 32 * four + 8 * (lane % 4), columns);
+                    }
+                }
+            }
+        }
+    }
+    // A block may not end while its neighbour can still write into it or arrive at its barriers.
+    if (CLUSTER > 1) cluster_barrier();
+}
+
+}  // namespace glm_hopper
+
+using namespace glm_hopper;
+
+#define GLM_GEMM1(attributes, name, columns, cluster, row, promote, stages)                                                     \
+    attributes name(GLM_MAP w13, const u8* tokens, const float* token_scales, const float* w13_scales, void* act,               \
+                    float* act_scales, const int* rows, const int* tiles, const int* counts, int max_tiles, int hidden_size,    \
+                    int intermediate_size, int top_k) {                                                                         \
+        gemm1_prefill<columns, cluster, row, promote, stages>(                                                                  \
+            w13, {tokens, token_scales, w13_scales, act, act_scales, rows, tiles, counts, max_tiles, hidden_size,               \
+                  intermediate_size, top_k});                                                                                   \
+    }
+
+GLM_GEMM1(GLM_KERNEL(384), glm_gemm1_row_c1, 192, 1, true, false, 3)
+GLM_GEMM1(GLM_CLUSTER_KERNEL(384, 2), glm_gemm1_row_c2, 192, 2, true, false, 3)
+GLM_GEMM1(GLM_KERNEL(384), glm_gemm1_columns_c1, 192, 1, false, false, 3)
+GLM_GEMM1(GLM_CLUSTER_KERNEL(384, 2), glm_gemm1_columns_c2, 192, 2, false, false, 3)
+GLM_GEMM1(GLM_KERNEL(384), glm_gemm1_exact_c1, 96, 1, false, true, 5)

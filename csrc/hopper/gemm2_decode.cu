@@ -1,0 +1,189 @@
+// GEMM2 for few tokens: w2 on wgmma's 64-row side, the tokens of a tile on the other; quantises act as it reads it.
+//
+// Work items are (tile, 128 hidden channels), and a block takes a contiguous, equal share of them, so it quantises the rows
+// of one or two tiles only. One thread fills a ring of weight K steps by TMA and starts before the previous launch has
+// ended; one warpgroup multiplies and writes bf16 partials [pairs, hidden_size].
+#include "barrier.cuh"
+#include "epilogue.cuh"
+#include "mma.cuh"
+#include "tma.cuh"
+
+namespace glm_hopper {
+
+constexpr int gemm2_decode_k_step = 128;
+constexpr int gemm2_decode_channels = 128;                              // of one item: two tiles of 64
+constexpr int staging_row_bytes = 2 * gemm2_decode_channels + 16;       // padded: rows of 8 tokens fall into different banks
+
+struct Gemm2DecodeArguments {
+    const u16* act;
+    const float* w2_scales;
+    const float* topk_weights;
+    u16* partial;
+    const int* rows;
+    const int* tiles;
+    const int* counts;
+    int max_tiles, hidden_size, intermediate_size;
+};
+
+// One warp turns a row of act [width] bf16 into FP8 in the swizzled tile of TOKENS rows; returns its scale.
+template <int TOKENS>
+GLM_DEVICE float quantise_row(const u16* source, u32 target, int row, int width, int lane) {
+    float largest = 0.0f;
+    for (int first = lane * 8; first < width; first += 256) {
+        const Vector4 v = load_16(source + first);
+#pragma unroll
+        for (int word = 0; word < 4; ++word) {
+            largest = larger(largest, larger(magnitude(low_bf16(v.word[word])), magnitude(high_bf16(v.word[word]))));
+        }
+    }
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) largest = larger(largest, shuffle_xor(largest, step));
+    const float scale = quantisation_scale(largest), inverse = divide_exactly(1.0f, scale);
+    // Zeros after the width, to the end of its last K step: garbage there could be NaN, which no weight of 0 silences.
+    for (int first = lane * 8; first < divide_up(width, gemm2_decode_k_step) * gemm2_decode_k_step; first += 256) {
+        Vector4 v{};
+        if (first < width) v = load_16(source + first);
+        u32 packed[4];
+#pragma unroll
+        for (int word = 0; word < 4; ++word) {
+            packed[word] = pack_fp8(quotient(low_bf16(v.word[word]), scale, inverse), quotient(high_bf16(v.word[word]), scale, inverse));
+        }
+        const u32 tile = target + first / gemm2_decode_k_step * TOKENS * gemm2_decode_k_step;
+        store_shared_8(swizzled_address(tile, row, first % gemm2_decode_k_step), {{packed[0] | packed[1] << 16, packed[2] | packed[3] << 16}});
+    }
+    return scale;
+}
+
+template <int TOKENS, int STAGES>
+GLM_DEVICE void gemm2_decode(const TensorMap& w2, const Gemm2DecodeArguments& p) {
+    constexpr u32 stage_bytes = gemm2_decode_channels * gemm2_decode_k_step;
+    constexpr u32 act_step_bytes = TOKENS * gemm2_decode_k_step;
+    const int steps = divide_up(p.intermediate_size, gemm2_decode_k_step);
+    const u32 ring = align_up(shared_base(), atom_bytes);
+    const u32 act = ring + STAGES * stage_bytes;             // [steps][TOKENS][128] FP8, swizzled
+    const u32 staging = act + steps * act_step_bytes;        // [TOKENS][128] bf16, padded rows
+    const u32 scales = staging + TOKENS * staging_row_bytes; // [TOKENS] fp32: row's scale × routing weight
+    const u32 full = scales + 4 * TOKENS, empty = full + 8 * STAGES;
+
+    const int thread = thread_index();
+    const int warpgroup = warp_uniform(thread / 128);
+    if (thread == 0) {
+        prefetch_map(w2);
+        for (int slot = 0; slot < STAGES; ++slot) {
+            barrier_init(full + 8 * slot, 1);
+            barrier_init(empty + 8 * slot, 4);
+        }
+        barrier_init_done();
+    }
+    block_barrier();
+    allow_next_launch();
+
+    // Lists and weights are older than the launch before this one, which had waited for the lists itself.
+    const int blocks = p.hidden_size / gemm2_decode_channels;
+    const i64 items = static_cast<i64>(p.counts[2]) * blocks;
+    const int first_item = static_cast<int>(items * block_index() / grid_size());
+    const int end_item = static_cast<int>(items * (block_index() + 1) / grid_size());
+    Ring<STAGES> position;
+
+    if (warpgroup == 0) {
+        if (thread == 0) {
+            for (int item = first_item; item < end_item; ++item) {
+                const int expert = p.tiles[item / blocks], channel = item % blocks * gemm2_decode_channels;
+                for (int step = 0; step < steps; ++step) {
+                    const u32 ready = full + 8 * position.slot;
+                    barrier_wait(empty + 8 * position.slot, position.parity ^ 1);
+                    barrier_expect(ready, stage_bytes);
+                    copy_box(ring + position.slot * stage_bytes, w2, ready, step * gemm2_decode_k_step, channel, expert);
+                    position.advance();
+                }
+            }
+        }
+    } else {
+        const int t = thread % 128, lane = thread % 32;
+        const int warp = warp_uniform(t / 32);
+        wait_for_previous_launch();
+        int tile = -1, first_row = 0, size = 0;
+        for (int item = first_item; item < end_item; ++item) {
+            if (item / blocks != tile) {
+                tile = item / blocks;
+                first_row = p.tiles[p.max_tiles + tile];
+                size = p.tiles[2 * p.max_tiles + tile];
+                // Rows past the end keep what they held: they only reach results of tokens that are not there.
+                for (int row = warp; row < TOKENS && row < size; row += 4) {
+                    const u16* source = p.act + static_cast<i64>(first_row + row) * p.intermediate_size;
+                    const float scale = quantise_row<TOKENS>(source, act, row, p.intermediate_size, lane);
+                    if (lane == 0) store_shared_float(scales + 4 * row, scale * p.topk_weights[p.rows[first_row + row]]);
+                }
+                fence_proxy_async();
+                named_barrier(1, 128);
+            }
+            const int channel = item % blocks * gemm2_decode_channels;
+            float d[2][TOKENS / 2];
+#pragma unroll 1
+            for (int step = 0; step < steps; ++step) {
+                const u32 stage = ring + position.slot * stage_bytes;
+                barrier_wait(full + 8 * position.slot, position.parity);
+                mma_fence();
+                const u64 token_rows = descriptor(act + step * act_step_bytes);
+#pragma unroll
+                for (int k = 0; k < gemm2_decode_k_step / mma_k; ++k) {
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+                        mma<TOKENS>(d[half], descriptor(stage + half * mma_rows * gemm2_decode_k_step) + k * descriptor_step,
+                                    token_rows + k * descriptor_step, step > 0 || k > 0);
+                    }
+                }
+                mma_commit();
+                mma_wait<0>();
+                mma_settle(d[0]);
+                mma_settle(d[1]);
+                if (lane == 0) barrier_arrive(empty + 8 * position.slot);
+                position.advance();
+            }
+            const float* channel_scales = p.w2_scales + static_cast<i64>(p.tiles[tile]) * p.hidden_size + channel;
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+#pragma unroll
+                for (int below = 0; below < 2; ++below) {
+                    const int row = half * mma_rows + fragment_row(t, 2 * below);
+                    const float channel_scale = channel_scales[row];
+#pragma unroll
+                    for (int group = 0; group < TOKENS / 8; ++group) {
+#pragma unroll
+                        for (int i = 0; i < 2; ++i) {
+                            const int token = fragment_column(t, 4 * group + i);
+                            if (token < size) {
+                                const float value = d[half][4 * group + 2 * below + i] * channel_scale * load_shared_float(scales + 4 * token);
+                                store_shared_u16(staging + token * staging_row_bytes + 2 * row, static_cast<u16>(pack_bf16(value, 0.0f)));
+                            }
+                        }
+                    }
+                }
+            }
+            named_barrier(1, 128);
+            // 16 threads take a row of 128 channels.
+            for (int token = t / 16; token < TOKENS && token < size; token += 8) {
+                const Vector4 v = load_shared_16(staging + token * staging_row_bytes + 16 * (t % 16));
+                store_16(p.partial + static_cast<i64>(p.rows[first_row + token]) * p.hidden_size + channel + 8 * (t % 16), v);
+            }
+            named_barrier(1, 128);
+        }
+    }
+}
+
+}  // namespace glm_hopper
+
+using namespace glm_hopper;
+
+#define GLM_GEMM2_DECODE(name, tokens_per_tile, stages)                                                                         \
+    GLM_KERNEL(256) name(GLM_MAP w2, const u16* act, const float* w2_scales, const float* topk_weights, u16* partial,           \
+                         const int* rows, const int* tiles, const int* counts, int max_tiles, int hidden_size,                  \
+                         int intermediate_size) {                                                                               \
+        gemm2_decode<tokens_per_tile, stages>(w2, {act, w2_scales, topk_weights, partial, rows, tiles, counts, max_tiles,       \
+                                                   hidden_size, intermediate_size});                                            \
+    }
+
+GLM_GEMM2_DECODE(glm_gemm2_decode_t8, 8, 6)
+GLM_GEMM2_DECODE(glm_gemm2_decode_t16, 16, 6)
+GLM_GEMM2_DECODE(glm_gemm2_decode_t32, 32, 6)
+GLM_GEMM2_DECODE(glm_gemm2_decode_t64, 64, 6)

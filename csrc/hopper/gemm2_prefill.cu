@@ -1,0 +1,265 @@
+// GEMM2 and the top-k sum for many tokens in one launch, over slices of columns whose partial results stay in L2.
+//
+// Four warpgroups a block. One thread of the first draws GEMM items (128 rows of an expert × COLUMNS columns, slice by slice)
+// from a counter and copies their K steps; two multiply 64 rows each, scale, and scatter bf16 partials by pair; the fourth
+// draws blocks of tokens of finished slices and adds up their choices, choice 0 first. So sums run beside products.
+//
+// Waits go one way: a sum waits for its slice's products; a product waits, where its slot of partials was used before, for
+// the sums of that earlier slice. Items are drawn in that order by blocks that are running, and either role moves on
+// without the other, so whatever is smallest and unfinished waits for nothing, however few blocks are resident.
+#include "barrier.cuh"
+#include "epilogue.cuh"
+#include "mma.cuh"
+#include "sum.cuh"
+#include "tma.cuh"
+
+namespace glm_hopper {
+
+constexpr int gemm2_rows = 128;
+constexpr int gemm2_box_rows = 128;  // rows of one TMA box (Map::act_rows, Map::w2_rows)
+constexpr int gemm2_k_step = 128;
+constexpr int gemm2_mma_columns = 128;
+constexpr int gemm2_items = 4;       // ring of drawn items between the first warpgroup and the multiplying ones
+constexpr int sum_tokens = 32;       // tokens of one sum item
+constexpr int sum_threads = 128;
+
+struct Gemm2Arguments {
+    const float* act_scales;
+    const float* w2_scales;
+    const float* topk_weights;
+    u16* partial;
+    const int* local_ids;
+    u16* out;
+    const int* rows;
+    const int* tiles;
+    const int* counts;
+    int* counters;
+    int tokens, max_tiles, hidden_size, intermediate_size, experts, top_k, slice, slots;
+};
+
+// The order of the GEMM items: slices outermost, then tiles, then the COLUMNS-wide parts of a slice.
+struct Gemm2Item {
+    int slice, tile, column;  // column: first of the item, in hidden_size
+};
+
+GLM_HD Gemm2Item gemm2_item(int number, int tiles, int slice_width, int columns) {
+    const int parts = slice_width / columns, in_slice = tiles * parts;
+    const int slice = number / in_slice, rest = number % in_slice;
+    return {slice, rest / parts, slice * slice_width + rest % parts * columns};
+}
+
+template <int COLUMNS, int STAGES>
+GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Gemm2Arguments& p) {
+    constexpr u32 a_bytes = gemm2_rows * gemm2_k_step, b_bytes = COLUMNS * gemm2_k_step, stage_bytes = a_bytes + b_bytes;
+    constexpr int consumer_threads = 256, parts = COLUMNS / gemm2_mma_columns;
+    constexpr u64 part_step = gemm2_mma_columns * gemm2_k_step >> 4;
+    // In order of their place behind the stages.
+    const u32 ring = align_up(shared_base(), atom_bytes);
+    const u32 full = ring + STAGES * stage_bytes, empty = full + 8 * STAGES;
+    const u32 item_full = empty + 8 * STAGES, item_empty = item_full + 8 * gemm2_items;
+    const u32 item_number = item_empty + 8 * gemm2_items, sum_number = item_number + 4 * gemm2_items;
+
+    const int thread = thread_index();
+    const int warpgroup = warp_uniform(thread / 128);
+    if (thread == 0) {
+        prefetch_map(act);
+        prefetch_map(w2);
+        for (int slot = 0; slot < STAGES; ++slot) {
+            barrier_init(full + 8 * slot, 1);
+            barrier_init(empty + 8 * slot, consumer_threads / 32);
+        }
+        for (int slot = 0; slot < gemm2_items; ++slot) {
+            barrier_init(item_full + 8 * slot, 1);
+            barrier_init(item_empty + 8 * slot, consumer_threads / 32);
+        }
+        barrier_init_done();
+    }
+    block_barrier();
+
+    const int tiles = p.counts[2];
+    const int slices = divide_up(p.hidden_size, p.slice);
+    const int in_slice = tiles * (p.slice / COLUMNS);
+    const int gemm_items = in_slice * slices;
+    const int sum_blocks = divide_up(p.tokens, sum_tokens);
+    int* next_item = p.counters;
+    int* next_sum = p.counters + 1;
+    int* gemms_done = p.counters + 2;       // [slices], counts warpgroups: two an item
+    int* sums_done = gemms_done + slices;   // [slices], counts blocks of tokens
+    const i64 slot_elements = static_cast<i64>(p.tokens) * p.top_k * p.slice;
+    const int steps = divide_up(p.intermediate_size, gemm2_k_step);
+    Ring<STAGES> position;
+    Ring<gemm2_items> item_position;
+
+    if (warpgroup == 0) {
+        registers_down<40>();
+        if (thread == 0) {
+            int number = atomic_next(next_item);
+            while (true) {
+                const bool more = number < gemm_items;
+                barrier_wait(item_empty + 8 * item_position.slot, item_position.parity ^ 1);
+                store_shared_int(item_number + 4 * item_position.slot, more ? number : -1);
+                Gemm2Item item{};
+                if (more) {
+                    item = gemm2_item(number, tiles, p.slice, COLUMNS);
+                    // Its slot of partials may still be read by the sums of an earlier slice.
+                    if (item.slice >= p.slots) acquire_at_least(sums_done + item.slice - p.slots, sum_blocks);
+                }
+                barrier_arrive(item_full + 8 * item_position.slot);
+                item_position.advance();
+                if (!more) break;
+                number = atomic_next(next_item);
+                const int expert = p.tiles[item.tile], first_row = p.tiles[p.max_tiles + item.tile];
+                for (int step = 0; step < steps; ++step) {
+                    const u32 stage = ring + position.slot * stage_bytes, ready = full + 8 * position.slot;
+                    barrier_wait(empty + 8 * position.slot, position.parity ^ 1);
+                    barrier_expect(ready, stage_bytes);
+                    // Rows past the tile's end are another expert's, or zeros past the buffer's: nobody stores their results.
+                    copy_box(stage, act, ready, step * gemm2_k_step, first_row);
+#pragma unroll
+                    for (int box = 0; box < COLUMNS / gemm2_box_rows; ++box) {
+                        copy_box(stage + a_bytes + box * gemm2_box_rows * gemm2_k_step, w2, ready, step * gemm2_k_step,
+                                 item.column + box * gemm2_box_rows, expert);
+                    }
+                    position.advance();
+                }
+            }
+        }
+    } else if (warpgroup < 3) {
+        registers_up<176>();
+        const int t = thread % 128, lane = thread % 32;
+        const int rows_before = (warpgroup - 1) * mma_rows;
+        while (true) {
+            barrier_wait(item_full + 8 * item_position.slot, item_position.parity);
+            const int number = load_shared_int(item_number + 4 * item_position.slot);
+            warp_sync();
+            if (lane == 0) barrier_arrive(item_empty + 8 * item_position.slot);
+            item_position.advance();
+            if (number < 0) break;
+            const Gemm2Item item = gemm2_item(number, tiles, p.slice, COLUMNS);
+            const int first_row = p.tiles[p.max_tiles + item.tile] + rows_before;
+            const int size = p.tiles[2 * p.max_tiles + item.tile] - rows_before;
+            // 128 columns an instruction: one of 256 does not fit the 128 registers a thread of 512 starts with.
+            float d[parts][gemm2_mma_columns / 2];
+            for (int step = 0; step < steps; ++step) {
+                barrier_wait(full + 8 * position.slot, position.parity);
+                const u32 stage = ring + position.slot * stage_bytes;
+                const u64 a = descriptor(stage + rows_before * gemm2_k_step), b = descriptor(stage + a_bytes);
+                mma_fence();
+#pragma unroll
+                for (int k = 0; k < gemm2_k_step / mma_k; ++k) {
+                    // The last step may be half a one (192 = 128 + 64); past the width both operands are zeros.
+#pragma unroll
+                    for (int part = 0; part < parts; ++part) {
+                        mma<gemm2_mma_columns>(d[part], a + k * descriptor_step, b + part * part_step + k * descriptor_step,
+                                               step > 0 || k > 0);
+                    }
+                }
+                mma_commit();
+                mma_wait<0>();
+#pragma unroll
+                for (int part = 0; part < parts; ++part) mma_settle(d[part]);
+                if (lane == 0) barrier_arrive(empty + 8 * position.slot);
+                position.advance();
+            }
+            if (size > 0) {
+                const float* scales = p.w2_scales + static_cast<i64>(p.tiles[item.tile]) * p.hidden_size + item.column;
+                u16* slot = p.partial + (item.slice % p.slots) * slot_elements + (item.column - item.slice * p.slice);
+                float row_scale[2];
+                u16* target[2];
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const int row = fragment_row(t, 2 * half);
+                    const int pair = row < size ? p.rows[first_row + row] : 0;
+                    row_scale[half] = row < size ? p.act_scales[first_row + row] * p.topk_weights[pair] : 0.0f;
+                    target[half] = slot + static_cast<i64>(pair) * p.slice + 8 * (lane % 4);
+                }
+#pragma unroll
+                for (int four = 0; four < COLUMNS / 32; ++four) {
+                    u32 packed[2][4];
+#pragma unroll
+                    for (int group = 0; group < 4; ++group) {
+                        const int i = 16 * four % (gemm2_mma_columns / 2) + 4 * group;
+                        const float(&part)[gemm2_mma_columns / 2] = d[32 * four / gemm2_mma_columns];
+                        const Float2 scale = load_float2(scales + fragment_column(t, 16 * four + 4 * group));
+#pragma unroll
+                        for (int half = 0; half < 2; ++half) {
+                            packed[half][group] = pack_bf16(part[i + 2 * half] * scale.x * row_scale[half],
+                                                            part[i + 2 * half + 1] * scale.y * row_scale[half]);
+                        }
+                    }
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+                        const Vector4 columns = transpose_quad(packed[half], lane);
+                        if (fragment_row(t, 2 * half) < size) store_16(target[half] + 32 * four, columns);
+                    }
+                }
+            }
+            // All 128 threads have stored; then one says so.
+            named_barrier(warpgroup, 128);
+            if (t == 0) release_add(gemms_done + item.slice);
+        }
+    } else {
+        registers_down<120>();
+        const int t = thread % 128;
+        const int vectors = p.slice / 8;  // of 8 columns
+        constexpr int at_once = 2;        // tokens of one thread under way together
+        const int sum_items = sum_blocks * slices;
+        int number = 0, following = 0;
+        if (t == 0) following = atomic_next(next_sum);
+        while (true) {
+            if (t == 0) {
+                number = following;
+                // The next number travels while this one is worked on.
+                if (number < sum_items) following = atomic_next(next_sum);
+                if (number < sum_items) acquire_at_least(gemms_done + number / sum_blocks, 2 * in_slice);
+                store_shared_int(sum_number, number);
+            }
+            named_barrier(3, sum_threads);
+            number = load_shared_int(sum_number);
+            if (number >= sum_items) break;
+            const int slice = number / sum_blocks, first_token = number % sum_blocks * sum_tokens;
+            const u16* slot = p.partial + (slice % p.slots) * slot_elements;
+            for (int work = t; work < sum_tokens / at_once * vectors; work += sum_threads) {
+                const int vector = work % vectors;
+                const u16* first[at_once];
+                const int* ids[at_once];
+                bool real[at_once];
+                int token[at_once];
+#pragma unroll
+                for (int i = 0; i < at_once; ++i) {
+                    token[i] = first_token + work / vectors + i * (sum_tokens / at_once);
+                    real[i] = token[i] < p.tokens;
+                    const i64 pair = static_cast<i64>(real[i] ? token[i] : 0) * p.top_k;
+                    first[i] = slot + pair * p.slice + 8 * vector;
+                    ids[i] = p.local_ids + pair;
+                }
+                Vector4 sums[at_once];
+                sum_choices<at_once>(first, p.slice, ids, real, p.experts, p.top_k, sums);
+#pragma unroll
+                for (int i = 0; i < at_once; ++i) {
+                    if (real[i]) store_16(p.out + static_cast<i64>(token[i]) * p.hidden_size + slice * p.slice + 8 * vector, sums[i]);
+                }
+            }
+            // Everybody has read its partials; then the slot may be written again. Also frees sum_number.
+            named_barrier(3, sum_threads);
+            if (t == 0) release_add(sums_done + slice);
+        }
+    }
+}
+
+}  // namespace glm_hopper
+
+using namespace glm_hopper;
+
+#define GLM_GEMM2(name, columns, stages)                                                                                        \
+    GLM_KERNEL(512) name(GLM_MAP act, GLM_MAP w2, const float* act_scales, const float* w2_scales, const float* topk_weights,   \
+                         u16* partial, const int* local_ids, u16* out, const int* rows, const int* tiles, const int* counts,    \
+                         int* counters, int tokens, int max_tiles, int hidden_size, int intermediate_size, int experts,         \
+                         int top_k, int slice, int slots) {                                                                     \
+        gemm2_sum<columns, stages>(act, w2, {act_scales, w2_scales, topk_weights, partial, local_ids, out, rows, tiles, counts, \
+                                             counters, tokens, max_tiles, hidden_size, intermediate_size, experts, top_k,       \
+                                             slice, slots});                                                                    \
+    }
+
+GLM_GEMM2(glm_gemm2_sum_n128, 128, 6)
+GLM_GEMM2(glm_gemm2_sum_n256, 256, 4)

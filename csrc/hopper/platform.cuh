@@ -1,0 +1,163 @@
+// The device as the kernels see it: types, thread numbers, shared and global memory, fences, registers, atomics.
+// With GLM_HOPPER_EMULATE every function below, and those of barrier, tma, gather and mma, comes from an emulator
+// instead (tests/hopper/native/emulate.h), so that the same kernels run on a CPU. No headers of CUDA or of C++ here.
+#pragma once
+
+#include "abi.h"
+
+namespace glm_hopper {
+
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+using i64 = long long;
+
+struct alignas(16) Vector4 {
+    u32 word[4];
+};
+struct alignas(8) Float2 {
+    float x, y;
+};
+struct alignas(8) Vector2 {
+    u32 word[2];
+};
+
+}  // namespace glm_hopper
+
+#ifdef GLM_HOPPER_EMULATE
+#include "emulate.h"
+#else
+
+#define GLM_DEVICE __device__ __forceinline__
+#ifdef __CUDACC__
+#define GLM_HD __host__ __device__ __forceinline__ constexpr
+#else
+#define GLM_HD constexpr
+#endif
+#define GLM_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads, 1)
+#define GLM_CLUSTER_KERNEL(threads, cluster) extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(threads, 1)
+#define GLM_MAP const __grid_constant__ TensorMap
+
+#ifdef __CUDACC__
+namespace glm_hopper {
+
+GLM_DEVICE int thread_index() { return threadIdx.x; }
+GLM_DEVICE int block_index() { return blockIdx.x; }
+GLM_DEVICE int grid_size() { return gridDim.x; }
+GLM_DEVICE int cluster_rank() {
+    u32 rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return static_cast<int>(rank);
+}
+
+// The value of lane 0, which the compiler then knows to be the same in the whole warp.
+GLM_DEVICE int warp_uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
+GLM_DEVICE u32 shuffle_xor(u32 value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+GLM_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+GLM_DEVICE void warp_sync() { __syncwarp(); }
+
+// Shared memory goes by 32-bit addresses.
+GLM_DEVICE u32 shared_base() {
+    extern __shared__ u8 dynamic_shared[];
+    return static_cast<u32>(__cvta_generic_to_shared(dynamic_shared));
+}
+GLM_DEVICE int load_shared_int(u32 address) {
+    int value;
+    asm volatile("ld.shared.s32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+    return value;
+}
+GLM_DEVICE float load_shared_float(u32 address) {
+    float value;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+    return value;
+}
+GLM_DEVICE Vector4 load_shared_16(u32 address) {
+    Vector4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+                 : "r"(address)
+                 : "memory");
+    return v;
+}
+GLM_DEVICE void store_shared_int(u32 address, int value) { asm volatile("st.shared.s32 [%0], %1;" ::"r"(address), "r"(value) : "memory"); }
+GLM_DEVICE void store_shared_float(u32 address, float value) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory"); }
+GLM_DEVICE void store_shared_u16(u32 address, u16 value) { asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(value) : "memory"); }
+GLM_DEVICE void store_shared_8(u32 address, Vector2 v) {
+    asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(v.word[0]), "r"(v.word[1]) : "memory");
+}
+
+// Global memory. `fresh` goes to L2 past L1: data that other SMs wrote during this launch.
+GLM_DEVICE Vector4 load_fresh_16(const void* pointer) {
+    Vector4 v;
+    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+                 : "l"(pointer)
+                 : "memory");
+    return v;
+}
+GLM_DEVICE Vector4 load_16(const void* pointer) { return *static_cast<const Vector4*>(pointer); }
+GLM_DEVICE Float2 load_float2(const float* pointer) { return *reinterpret_cast<const Float2*>(pointer); }
+GLM_DEVICE void store_16(void* pointer, Vector4 v) { *static_cast<Vector4*>(pointer) = v; }
+GLM_DEVICE void store_8(void* pointer, Vector2 v) { *static_cast<Vector2*>(pointer) = v; }
+
+GLM_DEVICE int atomic_next(int* counter) { return atomicAdd(counter, 1); }
+// Counts one up after everything this thread has seen (a barrier before it adds the others' stores).
+GLM_DEVICE void release_add(int* counter) {
+    asm volatile("fence.acq_rel.gpu;\n\tred.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
+}
+// Waits until the counter has reached target; what its increments released is visible afterwards.
+GLM_DEVICE void acquire_at_least(const int* counter, int target) {
+    int value;
+    while (true) {
+        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+        if (value >= target) break;
+        __nanosleep(64);
+    }
+}
+
+// Ordinary shared-memory writes (cp.async too) made before are seen by wgmma and TMA after.
+GLM_DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+template <int COUNT>
+GLM_DEVICE void registers_down() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }
+template <int COUNT>
+GLM_DEVICE void registers_up() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }
+
+// Programmatic dependent launch: wait for the launch before this one; let the next one start.
+GLM_DEVICE void wait_for_previous_launch() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+GLM_DEVICE void allow_next_launch() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+GLM_DEVICE u32 permute_bytes(u32 low, u32 high, u32 selector) { return __byte_perm(low, high, selector); }
+GLM_DEVICE float divide_exactly(float a, float b) { return __fdiv_rn(a, b); }
+GLM_DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+GLM_DEVICE float exponential(float x) { return __expf(x); }
+GLM_DEVICE float divide_fast(float a, float b) { return __fdividef(a, b); }
+GLM_DEVICE float larger(float a, float b) { return fmaxf(a, b); }
+GLM_DEVICE float smaller(float a, float b) { return fminf(a, b); }
+GLM_DEVICE float magnitude(float a) { return fabsf(a); }
+GLM_DEVICE float bits_to_float(u32 bits) { return __uint_as_float(bits); }
+
+// Two floats → two E4M3 in a 16-bit word, the first in the low byte; to nearest even, clamped to ±448.
+GLM_DEVICE u16 pack_fp8(float first, float second) {
+    u16 packed;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(packed) : "f"(second), "f"(first));
+    return packed;
+}
+// Two floats → two bf16, the first in the low half; to nearest even.
+GLM_DEVICE u32 pack_bf16(float first, float second) {
+    u32 packed;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(second), "f"(first));
+    return packed;
+}
+
+}  // namespace glm_hopper
+#endif  // __CUDACC__
+#endif  // GLM_HOPPER_EMULATE
+
+namespace glm_hopper {
+
+template <class Integer>
+GLM_HD Integer divide_up(Integer a, Integer b) { return (a + b - 1) / b; }
+
+}  // namespace glm_hopper

@@ -1,0 +1,46 @@
+// The copy engine: a box of a tensor map into shared memory, swizzled, counted in bytes by an mbarrier; out of bounds is zero.
+#pragma once
+
+#include "platform.cuh"
+
+#if defined(__CUDACC__) && !defined(GLM_HOPPER_EMULATE)
+namespace glm_hopper {
+
+GLM_DEVICE void prefetch_map(const TensorMap& map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<u64>(&map)) : "memory");
+}
+
+GLM_DEVICE void copy_box(u32 target, const TensorMap& map, u32 barrier, int c0, int c1) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(target),
+        "l"(reinterpret_cast<u64>(&map)), "r"(barrier), "r"(c0), "r"(c1)
+        : "memory");
+}
+
+GLM_DEVICE void copy_box(u32 target, const TensorMap& map, u32 barrier, int c0, int c1, int c2) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(
+            target),
+        "l"(reinterpret_cast<u64>(&map)), "r"(barrier), "r"(c0), "r"(c1), "r"(c2)
+        : "memory");
+}
+
+GLM_DEVICE void copy_box(u32 target, const TensorMap& map, u32 barrier, int c0, int c1, int c2, int c3, int c4) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        " [%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(target),
+        "l"(reinterpret_cast<u64>(&map)), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+        : "memory");
+}
+
+// The box lands at the same address in every block of the cluster whose bit is set in `blocks`, and each counts it.
+GLM_DEVICE void copy_box_to(u32 blocks, u32 target, const TensorMap& map, u32 barrier, int c0, int c1, int c2) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
+        " [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(target),
+        "l"(reinterpret_cast<u64>(&map)), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "h"(static_cast<u16>(blocks))
+        : "memory");
+}
+
+}  // namespace glm_hopper
+#endif
