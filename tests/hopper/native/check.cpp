@@ -1,0 +1,396 @@
+// Runs one kernel of csrc/hopper under the emulator on random inputs and compares with plain arithmetic in double.
+//     check KERNEL [key=value …]     keys: see Options. Prints "ok …" and ends with 0, or says what is wrong.
+// Buffers are exact heap blocks, so AddressSanitizer sees any access outside them; outputs and everything a kernel must not
+// read are poisoned with NaN first.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "gemm1_decode.cu"
+#include "gemm1_prefill.cu"
+#include "gemm2_decode.cu"
+#include "gemm2_prefill.cu"
+#include "topk_sum.cu"
+
+namespace {
+
+using emulate::bf16_bits;
+using emulate::bf16_value;
+using emulate::fp8_code;
+using emulate::fp8_value;
+
+struct Options {
+    std::string kernel;
+    std::map<std::string, int> values = {
+        {"tokens", 40}, {"hidden", 256},  {"width", 192}, {"experts", 3}, {"top_k", 2},  {"grid", 3}, {"seed", 1},
+        {"slice", 256}, {"slots", 2},     {"resident", 0}, {"timing", 2}, {"skew", 0},   {"invalid", 10},
+    };
+    int operator[](const char* key) const { return values.at(key); }
+};
+
+const Kernel& find(const std::string& name) {
+    for (const Kernel& kernel : kernels) {
+        if (name == kernel.name) return kernel;
+    }
+    std::fprintf(stderr, "no kernel %s\n", name.c_str());
+    std::exit(1);
+}
+
+// A heap block of exactly `count` elements, aligned to 16 at its start.
+template <class T>
+struct Buffer {
+    T* data;
+    size_t count;
+    explicit Buffer(size_t n, int fill = 0xff) : data(static_cast<T*>(std::aligned_alloc(16, std::max<size_t>(n * sizeof(T), 1)))), count(n) {
+        std::memset(data, fill, n * sizeof(T));
+    }
+    ~Buffer() { std::free(data); }
+    Buffer(const Buffer&) = delete;
+    T& operator[](size_t i) {
+        if (i >= count) emulate::fail("the check itself reads element %zu of %zu", i, count);
+        return data[i];
+    }
+};
+
+struct Problem {
+    const Options& o;
+    const Kernel& kernel;
+    int tokens, hidden, width, experts, top_k, pairs, max_tiles;
+    std::mt19937 random;
+    Buffer<int> local_ids, rows, tiles, counts;
+    int valid = 0;
+
+    Problem(const Options& options, const Kernel& k)
+        : o(options), kernel(k), tokens(o["tokens"]), hidden(o["hidden"]), width(o["width"]), experts(o["experts"]),
+          top_k(o["top_k"]), pairs(tokens * top_k), max_tiles(pairs / std::max(k.tile_rows, 1) + std::min(experts, pairs) + 1),
+          random(o["seed"]), local_ids(pairs), rows(pairs), tiles(3 * max_tiles), counts(4 + 256) {
+        route();
+    }
+
+    float normal() { return std::normal_distribution<float>()(random); }
+    u8 code() {  // any finite FP8 code, small ones likelier
+        const u8 c = fp8_code(normal() * 2.0f);
+        return c;
+    }
+    float scale() { return std::exp(0.3f * normal()) * 0.05f; }
+
+    // As routing.py: pairs by (expert, pair number); the rest of each list keeps its poison.
+    void route() {
+        std::memset(counts.data, 0, counts.count * sizeof(int));
+        for (int pair = 0; pair < pairs; ++pair) {
+            int expert = static_cast<int>(random() % experts);
+            if (o["skew"]) expert = random() % 4 ? 0 : expert;
+            local_ids[pair] = static_cast<int>(random() % 100) < o["invalid"] ? experts : expert;
+        }
+        int tile = 0;
+        for (int expert = 0; expert < experts; ++expert) {
+            const int first = valid;
+            for (int pair = 0; pair < pairs; ++pair) {
+                if (local_ids[pair] == expert) rows[valid++] = pair;
+            }
+            for (int row = first; kernel.tile_rows && row < valid; row += kernel.tile_rows, ++tile) {
+                tiles[tile] = expert;
+                tiles[max_tiles + tile] = row;
+                tiles[2 * max_tiles + tile] = std::min(kernel.tile_rows, valid - row);
+            }
+        }
+        counts[0] = valid;
+        counts[1] = counts[2] = tile;
+    }
+
+    emulate::Launch launch() {
+        emulate::Launch l{};
+        l.name = kernel.name;
+        l.block = kernel.block;
+        l.cluster = kernel.cluster;
+        l.grid = kernel.grid == Grid::persistent ? std::max(o["grid"] / kernel.cluster, 1) * kernel.cluster
+                                                 : (tokens * hidden / 8 + kernel.block - 1) / kernel.block;
+        l.shared_bytes = shared_bytes(kernel, width);
+        if (o["resident"]) l.resident = o["resident"];
+        l.seed = o["seed"];
+        l.copies = l.products = static_cast<emulate::Timing>(o["timing"]);
+        return l;
+    }
+};
+
+// Counts elements that are off and keeps the first few to print.
+struct Report {
+    const char* what;
+    long checked = 0, wrong = 0;
+    double worst = 0;
+    void compare(double got, double want, double tolerance, long row, long column) {
+        ++checked;
+        const double error = std::fabs(got - want);
+        if (!(error <= tolerance)) {
+            if (++wrong <= 8) std::printf("  %s[%ld, %ld] = %g, want %g\n", what, row, column, got, want);
+        } else if (tolerance > 0) {
+            worst = std::max(worst, error / tolerance);
+        }
+    }
+    bool done() const {
+        std::printf("%s %s: %ld of %ld wrong, largest error %.2f of the tolerance\n", wrong || !checked ? "WRONG" : "ok", what, wrong,
+                    checked, worst);
+        return !wrong && checked;
+    }
+};
+
+double silu(double x) { return x / (1 + std::exp(-x)); }
+
+bool check_gemm1(Problem& p) {
+    const bool row_kernel = std::strstr(p.kernel.name, "_row_");
+    const bool decode = p.kernel.family == Family::gemm1_decode;
+    Buffer<u8> tokens(static_cast<size_t>(p.tokens) * p.hidden), w13(static_cast<size_t>(p.experts) * 2 * p.width * p.hidden);
+    Buffer<float> token_scales(p.tokens), w13_scales(static_cast<size_t>(p.experts) * 2 * p.width), act_scales(p.pairs);
+    Buffer<u8> act(static_cast<size_t>(p.pairs) * p.width * (row_kernel ? 1 : 2));
+    for (size_t i = 0; i < tokens.count; ++i) tokens[i] = p.code();
+    for (size_t i = 0; i < w13.count; ++i) w13[i] = p.code();
+    for (size_t i = 0; i < token_scales.count; ++i) token_scales[i] = p.scale();
+    for (size_t i = 0; i < w13_scales.count; ++i) w13_scales[i] = p.scale();
+
+    const long long k = p.hidden, n = p.width, expert = 2 * n * k;
+    const emulate::MapFields rows_map{w13.data, 3, {k, 2 * n, p.experts}, {0, k, expert}, {128, 96, 1}};
+    const emulate::MapFields interleaved{w13.data, 5, {k, 8, 2, n / 8, p.experts}, {0, k, n * k, 8 * k, expert}, {128, 8, 2, 4, 1}};
+    const TensorMap map = emulate::encode(decode ? &interleaved : &rows_map);
+    const std::string name = p.kernel.name;
+    emulate::run(p.launch(), [&] {
+#define CALL(entry)                                                                                                              \
+    if (name == #entry)                                                                                                          \
+    return entry(map, tokens.data, token_scales.data, w13_scales.data, act.data, act_scales.data, p.rows.data, p.tiles.data,     \
+                 p.counts.data, p.max_tiles, p.hidden, p.width, p.top_k)
+        CALL(glm_gemm1_row_c1);
+        CALL(glm_gemm1_row_c2);
+        CALL(glm_gemm1_columns_c1);
+        CALL(glm_gemm1_columns_c2);
+        CALL(glm_gemm1_exact_c1);
+#undef CALL
+#define CALL(entry)                                                                                                              \
+    if (name == #entry)                                                                                                          \
+    return entry(map, tokens.data, token_scales.data, w13_scales.data, reinterpret_cast<u16*>(act.data), p.rows.data,            \
+                 p.tiles.data, p.counts.data, p.max_tiles, p.hidden, p.width, p.top_k)
+        CALL(glm_gemm1_decode_t8);
+        CALL(glm_gemm1_decode_t16);
+        CALL(glm_gemm1_decode_t32);
+        CALL(glm_gemm1_decode_t64);
+#undef CALL
+        emulate::fail("no such entry");
+    });
+
+    std::vector<float> value(256);
+    for (int code = 0; code < 256; ++code) value[code] = fp8_value(code);
+    Report values{"act"}, scales{"act_scales"}, untouched{"act past the end"};
+    for (int row = 0; row < p.valid; ++row) {
+        const int pair = p.rows[row], token = pair / p.top_k, e = p.local_ids[pair];
+        std::vector<double> y(p.width);
+        double largest = 0;
+        for (int c = 0; c < p.width; ++c) {
+            double sums[2] = {0, 0};
+            for (int half = 0; half < 2; ++half) {
+                const u8* weights = &w13[(static_cast<size_t>(e) * 2 * p.width + half * p.width + c) * p.hidden];
+                const u8* x = &tokens[static_cast<size_t>(token) * p.hidden];
+                for (int i = 0; i < p.hidden; ++i) sums[half] += static_cast<double>(value[x[i]]) * value[weights[i]];
+                sums[half] *= token_scales[token] * static_cast<double>(w13_scales[(static_cast<size_t>(e) * 2 + half) * p.width + c]);
+            }
+            y[c] = silu(sums[0]) * sums[1];
+            largest = std::max(largest, std::fabs(y[c]));
+        }
+        if (row_kernel) {
+            const double scale = std::max(largest / 448, 1.0 / (448 * 512));
+            scales.compare(act_scales[row], scale, scale * 1e-5, row, 0);
+            for (int c = 0; c < p.width; ++c) {
+                const double got = fp8_value(act[static_cast<size_t>(row) * p.width + c]) * static_cast<double>(act_scales[row]);
+                values.compare(got, y[c], std::fabs(y[c]) / 16 * 1.001 + scale / 1024 * 1.01 + 1e-5 * largest, row, c);
+            }
+        } else {
+            for (int c = 0; c < p.width; ++c) {
+                const double got = bf16_value(reinterpret_cast<u16*>(act.data)[static_cast<size_t>(row) * p.width + c]);
+                values.compare(got, y[c], std::fabs(y[c]) / 256 * 1.01 + 1e-5 * largest, row, c);
+            }
+        }
+    }
+    for (size_t i = static_cast<size_t>(p.valid) * p.width * (row_kernel ? 1 : 2); i < act.count; ++i) untouched.compare(act[i], 0xff, 0, i, 0);
+    untouched.compare(0, 0, 0, 0, 0);
+    if (p.valid == 0) return untouched.done();
+    return values.done() & (!row_kernel || scales.done()) & untouched.done();
+}
+
+// What GEMM2's partials are: bf16 of the exact product; and the sum of them as the kernels make it.
+struct Gemm2Check {
+    Problem& p;
+    std::vector<double> row;  // [pairs, width]: activations as numbers, by grouped row
+    Buffer<u8> w2;
+    Buffer<float> w2_scales, topk_weights;
+    explicit Gemm2Check(Problem& problem)
+        : p(problem), row(static_cast<size_t>(p.pairs) * p.width), w2(static_cast<size_t>(p.experts) * p.hidden * p.width),
+          w2_scales(static_cast<size_t>(p.experts) * p.hidden), topk_weights(p.pairs) {
+        for (size_t i = 0; i < w2.count; ++i) w2[i] = p.code();
+        for (size_t i = 0; i < w2_scales.count; ++i) w2_scales[i] = p.scale();
+        for (size_t i = 0; i < topk_weights.count; ++i) topk_weights[i] = p.scale() * 5;
+    }
+    double product(int grouped_row, int column) {
+        const int pair = p.rows[grouped_row], e = p.local_ids[pair];
+        const u8* weights = &w2[(static_cast<size_t>(e) * p.hidden + column) * p.width];
+        double sum = 0;
+        for (int i = 0; i < p.width; ++i) sum += row[static_cast<size_t>(grouped_row) * p.width + i] * table[weights[i]];
+        return sum * w2_scales[static_cast<size_t>(e) * p.hidden + column] * static_cast<double>(topk_weights[pair]);
+    }
+    const std::vector<float> table = [] {
+        std::vector<float> t(256);
+        for (int code = 0; code < 256; ++code) t[code] = fp8_value(code);
+        return t;
+    }();
+};
+
+bool check_gemm2(Problem& p) {
+    Gemm2Check check(p);
+    Buffer<u8> act(static_cast<size_t>(p.pairs) * p.width, 0x7f);
+    Buffer<float> act_scales(p.pairs);
+    for (int row = 0; row < p.valid; ++row) {
+        act_scales[row] = p.scale();
+        for (int c = 0; c < p.width; ++c) {
+            u8& code = act[static_cast<size_t>(row) * p.width + c];
+            code = p.code();
+            check.row[static_cast<size_t>(row) * p.width + c] = fp8_value(code) * static_cast<double>(act_scales[row]);
+        }
+    }
+    const int slice = p.o["slice"], slots = p.o["slots"];
+    Buffer<u16> partial(static_cast<size_t>(slots) * p.pairs * slice), out(static_cast<size_t>(p.tokens) * p.hidden);
+    const long long k = p.hidden, n = p.width;
+    const emulate::MapFields act_fields{act.data, 2, {n, p.pairs}, {0, n}, {128, 128}};
+    const emulate::MapFields w2_fields{check.w2.data, 3, {n, k, p.experts}, {0, n, n * k}, {128, 128, 1}};
+    const TensorMap act_map = emulate::encode(&act_fields), w2_map = emulate::encode(&w2_fields);
+    const std::string name = p.kernel.name;
+    emulate::run(p.launch(), [&] {
+#define CALL(entry)                                                                                                              \
+    if (name == #entry)                                                                                                          \
+    return entry(act_map, w2_map, act_scales.data, check.w2_scales.data, check.topk_weights.data, partial.data,                  \
+                 p.local_ids.data, out.data, p.rows.data, p.tiles.data, p.counts.data, p.counts.data + 3, p.tokens, p.max_tiles, \
+                 p.hidden, p.width, p.experts, p.top_k, slice, slots)
+        CALL(glm_gemm2_sum_n128);
+        CALL(glm_gemm2_sum_n256);
+#undef CALL
+        emulate::fail("no such entry");
+    });
+    std::vector<std::vector<int>> choices(p.tokens);
+    std::vector<int> grouped(p.pairs, -1);
+    for (int row = 0; row < p.valid; ++row) grouped[p.rows[row]] = row;
+    Report report{"out"};
+    for (int token = 0; token < p.tokens; ++token) {
+        for (int column = 0; column < p.hidden; ++column) {
+            double sum = 0, size = 0;
+            for (int choice = 0; choice < p.top_k; ++choice) {
+                const int row = grouped[token * p.top_k + choice];
+                if (row < 0) continue;
+                const double value = check.product(row, column);
+                sum += value;
+                size += std::fabs(value);
+            }
+            report.compare(bf16_value(out[static_cast<size_t>(token) * p.hidden + column]), sum, size / 256 + std::fabs(sum) / 256 + 1e-6, token, column);
+        }
+    }
+    return report.done();
+}
+
+bool check_gemm2_decode(Problem& p) {
+    Gemm2Check check(p);
+    Buffer<u16> act(static_cast<size_t>(p.pairs) * p.width), partial(static_cast<size_t>(p.pairs) * p.hidden);
+    for (int row = 0; row < p.valid; ++row) {
+        double largest = 0;
+        for (int c = 0; c < p.width; ++c) {
+            u16& bits = act[static_cast<size_t>(row) * p.width + c];
+            bits = bf16_bits(p.normal() * 0.3f);
+            largest = std::max<double>(largest, std::fabs(bf16_value(bits)));
+        }
+        const float scale = std::max(static_cast<float>(largest) / 448.0f, 1.0f / (448.0f * 512.0f));
+        for (int c = 0; c < p.width; ++c) {
+            const u8 code = fp8_code(bf16_value(act[static_cast<size_t>(row) * p.width + c]) / scale);
+            check.row[static_cast<size_t>(row) * p.width + c] = fp8_value(code) * static_cast<double>(scale);
+        }
+    }
+    const long long k = p.hidden, n = p.width;
+    const emulate::MapFields w2_fields{check.w2.data, 3, {n, k, p.experts}, {0, n, n * k}, {128, 128, 1}};
+    const TensorMap map = emulate::encode(&w2_fields);
+    const std::string name = p.kernel.name;
+    emulate::run(p.launch(), [&] {
+#define CALL(entry)                                                                                                              \
+    if (name == #entry)                                                                                                          \
+    return entry(map, act.data, check.w2_scales.data, check.topk_weights.data, partial.data, p.rows.data, p.tiles.data,          \
+                 p.counts.data, p.max_tiles, p.hidden, p.width)
+        CALL(glm_gemm2_decode_t8);
+        CALL(glm_gemm2_decode_t16);
+        CALL(glm_gemm2_decode_t32);
+        CALL(glm_gemm2_decode_t64);
+#undef CALL
+        emulate::fail("no such entry");
+    });
+    std::vector<int> grouped(p.pairs, -1);
+    for (int row = 0; row < p.valid; ++row) grouped[p.rows[row]] = row;
+    Report report{"partial"};
+    for (int pair = 0; pair < p.pairs; ++pair) {
+        for (int column = 0; column < p.hidden; ++column) {
+            const u16 got = partial[static_cast<size_t>(pair) * p.hidden + column];
+            if (grouped[pair] < 0) {
+                report.compare(got, 0xffff, 0, pair, column);
+            } else {
+                const double want = check.product(grouped[pair], column);
+                report.compare(bf16_value(got), want, std::fabs(want) / 256 + 1e-5, pair, column);
+            }
+        }
+    }
+    return report.done();
+}
+
+bool check_sum(Problem& p) {
+    Buffer<u16> partial(static_cast<size_t>(p.pairs) * p.hidden), out(static_cast<size_t>(p.tokens) * p.hidden);
+    for (int pair = 0; pair < p.pairs; ++pair) {
+        if (p.local_ids[pair] == p.experts) continue;
+        for (int column = 0; column < p.hidden; ++column) partial[static_cast<size_t>(pair) * p.hidden + column] = bf16_bits(p.normal());
+    }
+    emulate::run(p.launch(), [&] { glm_topk_sum(partial.data, p.local_ids.data, out.data, p.tokens, p.hidden, p.experts, p.top_k); });
+    Report report{"out"};
+    for (int token = 0; token < p.tokens; ++token) {
+        for (int column = 0; column < p.hidden; ++column) {
+            float sum = 0;
+            for (int choice = 0; choice < p.top_k; ++choice) {
+                const int pair = token * p.top_k + choice;
+                if (p.local_ids[pair] < p.experts) sum += bf16_value(partial[static_cast<size_t>(pair) * p.hidden + column]);
+            }
+            report.compare(out[static_cast<size_t>(token) * p.hidden + column], bf16_bits(sum), 0, token, column);  // to the bit
+        }
+    }
+    return report.done();
+}
+
+}  // namespace
+
+int main(int count, char** words) {
+    Options options;
+    for (int i = 1; i < count; ++i) {
+        const std::string word = words[i];
+        const size_t equals = word.find('=');
+        if (equals == std::string::npos) {
+            options.kernel = word;
+        } else if (!options.values.count(word.substr(0, equals))) {
+            std::fprintf(stderr, "unknown key in %s\n", word.c_str());
+            return 1;
+        } else {
+            options.values[word.substr(0, equals)] = std::atoi(word.c_str() + equals + 1);
+        }
+    }
+    const Kernel& kernel = find(options.kernel);
+    Problem problem(options, kernel);
+    switch (kernel.family) {
+        case Family::gemm1:
+        case Family::gemm1_decode: return !check_gemm1(problem);
+        case Family::gemm2: return !check_gemm2(problem);
+        case Family::gemm2_decode: return !check_gemm2_decode(problem);
+        case Family::sum: return !check_sum(problem);
+    }
+    return 1;
+}

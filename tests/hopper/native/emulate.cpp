@@ -1,0 +1,742 @@
+// See emulate.h. Layouts and barrier rules here are written from the PTX manual, not from the kernels' own functions.
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <map>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "platform.cuh"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+using namespace glm_hopper;
+
+namespace emulate {
+namespace {
+
+constexpr u32 shared_start = 0x410;  // on purpose no multiple of 1024
+constexpr size_t stack_bytes = 256 << 10;
+constexpr u8 poison = 0x7f;  // NaN in E4M3
+
+struct Barrier {
+    u32 expected = 0, pending = 0, phase = 0;
+    i64 bytes = 0;
+};
+
+struct Rendezvous {
+    int arrived = 0;
+    u64 generation = 0;
+};
+
+struct Block;
+
+struct Operation {  // one wgmma of one thread
+    float* d;
+    int columns;
+    u64 a, b;
+    bool accumulate, done;
+};
+
+struct Fibre {
+    Block* block;
+    int thread;
+    ucontext_t context{};
+    void* stack = nullptr;
+    void* fake_stack = nullptr;
+    bool finished = false;
+    std::function<bool()> ready;
+    std::string waits_for;
+    std::vector<std::pair<u32, const u8*>> chunks;  // cp.async not yet tied to a barrier
+    std::deque<std::vector<Operation>> groups;      // committed wgmma groups under way, oldest first
+    std::vector<Operation> open;                    // not committed yet
+    std::map<float*, std::vector<float>> held;      // true values of accumulators under way
+    size_t products = 0;                            // wgmmas issued so far
+    u64 fence_time = 0;
+    int registers = 0;
+};
+
+struct Warp {
+    Rendezvous meet;
+    u32 value[2][32];
+};
+
+struct Granule {  // 16 bytes of shared memory: last ordinary write, if no copy engine has written since
+    u64 time = 0;
+    Fibre* writer = nullptr;
+};
+
+struct Cluster;
+
+struct Block {
+    Cluster* cluster;
+    int index, rank;
+    std::vector<u8> shared;
+    std::vector<Granule> granules;
+    std::map<u32, Barrier> barriers;
+    std::map<int, Rendezvous> named;
+    std::map<int, int> named_threads;
+    Rendezvous all;
+    std::vector<Warp> warps;
+    std::vector<std::vector<u64>> products;  // of each warpgroup: what its first thread to arrive issued
+    std::vector<std::unique_ptr<Fibre>> fibres;
+};
+
+struct Cluster {
+    std::vector<std::unique_ptr<Block>> blocks;
+    Rendezvous all;
+    int running = 0;
+};
+
+struct World {
+    Launch launch;
+    const std::function<void()>* kernel;
+    std::mt19937 random;
+    ucontext_t scheduler{};
+    const void* scheduler_stack = nullptr;
+    size_t scheduler_stack_size = 0;
+    void* scheduler_fake = nullptr;
+    std::vector<std::unique_ptr<Cluster>> clusters;
+    std::vector<std::function<void()>> flying;  // copies under way
+    u64 time = 1;
+    bool progress = false;
+};
+
+World* world = nullptr;
+Fibre* current = nullptr;
+std::vector<void*> free_stacks;
+
+bool chance(unsigned percent) { return world->random() % 100 < percent; }
+
+void switch_to_scheduler() {
+    Fibre* self = current;
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(self->finished ? nullptr : &self->fake_stack, world->scheduler_stack, world->scheduler_stack_size);
+#endif
+    swapcontext(&self->context, &world->scheduler);
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(self->fake_stack, &world->scheduler_stack, &world->scheduler_stack_size);
+#endif
+}
+
+void wait_until(std::function<bool()> ready, std::string what) {
+    if (ready() && !chance(3)) return;
+    current->ready = std::move(ready);
+    current->waits_for = std::move(what);
+    switch_to_scheduler();
+}
+
+std::string number(u64 value) { return std::to_string(value); }
+
+void fibre_main() {
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(nullptr, &world->scheduler_stack, &world->scheduler_stack_size);
+#endif
+    (*world->kernel)();
+    Fibre* self = current;
+    if (!self->groups.empty() || !self->open.empty()) fail("wgmma still under way at the end of the thread");
+    if (!self->chunks.empty()) fail("cp.async that no barrier waits for at the end of the thread");
+    self->finished = true;
+    switch_to_scheduler();
+}
+
+void start_fibre(Fibre& fibre) {
+    if (free_stacks.empty()) {
+        void* stack = mmap(nullptr, stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (stack == MAP_FAILED) fail("no memory for stacks");
+        free_stacks.push_back(stack);
+    }
+    fibre.stack = free_stacks.back();
+    free_stacks.pop_back();
+    getcontext(&fibre.context);
+    fibre.context.uc_stack.ss_sp = fibre.stack;
+    fibre.context.uc_stack.ss_size = stack_bytes;
+    fibre.context.uc_link = nullptr;
+    makecontext(&fibre.context, fibre_main, 0);
+}
+
+void resume(Fibre& fibre) {
+    current = &fibre;
+    fibre.ready = nullptr;
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(&world->scheduler_fake, fibre.stack, stack_bytes);
+#endif
+    swapcontext(&world->scheduler, &fibre.context);
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(world->scheduler_fake, nullptr, nullptr);
+#endif
+    current = nullptr;
+    if (fibre.finished) {
+        free_stacks.push_back(fibre.stack);
+        --fibre.block->cluster->running;
+    }
+}
+
+void land_one() {
+    const size_t which = world->random() % world->flying.size();
+    auto copy = std::move(world->flying[which]);
+    world->flying[which] = std::move(world->flying.back());
+    world->flying.pop_back();
+    copy();
+    world->progress = true;
+}
+
+void meet(Rendezvous& meeting, int threads, std::string what) {
+    const u64 generation = meeting.generation;
+    if (++meeting.arrived == threads) {
+        meeting.arrived = 0;
+        ++meeting.generation;
+        if (!chance(50)) return;
+    }
+    wait_until([&meeting, generation] { return meeting.generation != generation; }, std::move(what));
+}
+
+u8* shared_at(Block& block, u32 address, u32 bytes) {
+    if (address < shared_start || address + bytes > shared_start + block.shared.size()) {
+        fail("shared memory access of %u bytes at %u outside [%u, %zu)", bytes, address, shared_start, shared_start + block.shared.size());
+    }
+    return block.shared.data() + (address - shared_start);
+}
+
+void note_ordinary_write(Block& block, u32 address, u32 bytes, Fibre* writer) {
+    for (u32 granule = (address - shared_start) / 16; granule <= (address - shared_start + bytes - 1) / 16; ++granule) {
+        block.granules[granule] = {world->time, writer};
+    }
+    ++world->time;
+}
+
+template <class T>
+void store_shared(u32 address, T value) {
+    if (address % sizeof(T)) fail("store of %zu bytes at shared address %u", sizeof(T), address);
+    std::memcpy(shared_at(*current->block, address, sizeof(T)), &value, sizeof(T));
+    note_ordinary_write(*current->block, address, sizeof(T), current);
+}
+template <class T>
+T load_shared(u32 address) {
+    if (address % sizeof(T)) fail("load of %zu bytes at shared address %u", sizeof(T), address);
+    T value;
+    std::memcpy(&value, shared_at(*current->block, address, sizeof(T)), sizeof(T));
+    return value;
+}
+
+Barrier& barrier_at(Block& block, u32 address) {
+    auto found = block.barriers.find(address);
+    if (found == block.barriers.end()) fail("no barrier was initialised at %u", address);
+    return found->second;
+}
+
+void settle(Barrier& barrier) {
+    if (barrier.pending == 0 && barrier.bytes == 0) {
+        ++barrier.phase;
+        barrier.pending = barrier.expected;
+    }
+}
+
+void arrive(Block& block, u32 address) {
+    Barrier& barrier = barrier_at(block, address);
+    if (barrier.pending == 0) fail("barrier %u: an arrival too many", address);
+    --barrier.pending;
+    settle(barrier);
+    world->progress = true;
+}
+
+void launch_copy(std::function<void()> copy) {
+    const Timing timing = world->launch.copies;
+    if (timing == Timing::eager || (timing == Timing::random && chance(25))) {
+        copy();
+    } else {
+        world->flying.push_back(std::move(copy));
+    }
+}
+
+// 128-byte swizzle: chunk of 16 bytes ^= row of 128 bytes within 1024, both taken from the address.
+u32 place(u32 linear) {
+    const u32 chunk = linear / 16 % 8, row = linear / 128 % 8;
+    return linear / 128 * 128 + (chunk ^ row) * 16 + linear % 16;
+}
+
+void copy_tensor_box(u32 blocks, u32 target, const TensorMap& map, u32 barrier, std::vector<int> corner) {
+    const MapFields& m = *reinterpret_cast<const MapFields*>(map.opaque[0]);
+    if (static_cast<int>(corner.size()) != m.rank) fail("a box of rank %zu of a map of rank %d", corner.size(), m.rank);
+    if (target % 1024) fail("swizzled box at shared address %u, want a multiple of 1024", target);
+    if (m.box[0] != 128 || corner[0] % 16) fail("inner box %d at %d", m.box[0], corner[0]);
+    u32 rows = 1;
+    for (int i = 1; i < m.rank; ++i) rows *= m.box[i];
+    Cluster& cluster = *current->block->cluster;
+    std::vector<Block*> targets;
+    for (size_t rank = 0; rank < cluster.blocks.size(); ++rank) {
+        if (blocks >> rank & 1) targets.push_back(cluster.blocks[rank].get());
+    }
+    if (blocks >> cluster.blocks.size()) fail("multicast to blocks %x of a cluster of %zu", blocks, cluster.blocks.size());
+    std::vector<u8> data(rows * 128);
+    for (u32 row = 0; row < rows; ++row) {
+        const u8* from = m.base;
+        bool inside = true;
+        u32 rest = row;
+        for (int i = 1; i < m.rank; ++i) {
+            const i64 at = corner[i] + rest % m.box[i];
+            rest /= m.box[i];
+            inside = inside && at >= 0 && at < m.dims[i];
+            from += at * m.strides[i];
+        }
+        for (int byte = 0; byte < 128; ++byte) {
+            const i64 at = corner[0] + byte;
+            if (inside && at >= 0 && at < m.dims[0]) data[row * 128 + byte] = from[at];
+        }
+    }
+    for (Block* block : targets) std::memset(shared_at(*block, target, rows * 128), poison, rows * 128);
+    for (Block* block : targets) {
+        launch_copy([block, target, rows, barrier, data] {
+            for (u32 i = 0; i < rows * 128; ++i) *shared_at(*block, place(target + i), 1) = data[i];
+            for (u32 granule = 0; granule < rows * 8; ++granule) block->granules[(target - shared_start) / 16 + granule] = {};
+            Barrier& counted = barrier_at(*block, barrier);
+            counted.bytes -= rows * 128;
+            settle(counted);
+            world->progress = true;
+        });
+    }
+}
+
+// Bytes (r, 0 … 31) of an operand, checked for the proxy fence.
+void read_row(u64 operand, int row, u8 (&bytes)[32]) {
+    if (operand >> 62 != 1 || (operand >> 49 & 7) != 0) fail("descriptor %llx: not the 128-byte swizzle", operand);
+    const u32 start = (operand & 0x3fff) << 4, stride = (operand >> 32 & 0x3fff) << 4;
+    const u32 linear = start + row / 8 * stride + row % 8 * 128;
+    Block& block = *current->block;
+    for (int half = 0; half < 2; ++half) {
+        const u32 address = place(linear + 16 * half);
+        std::memcpy(bytes + 16 * half, shared_at(block, address, 16), 16);
+        const Granule& granule = block.granules[(address - shared_start) / 16];
+        if (granule.writer && current->fence_time <= granule.time && granule.writer->fence_time <= granule.time) {
+            fail("wgmma reads shared address %u, written by thread %d without a proxy fence since", address, granule.writer->thread);
+        }
+    }
+}
+
+const float* fp8_table() {
+    static float table[256];
+    static bool made = false;
+    if (!made) {
+        for (int code = 0; code < 256; ++code) table[code] = fp8_value(code);
+        made = true;
+    }
+    return table;
+}
+
+void execute(Operation& operation) {
+    if (operation.done) return;
+    operation.done = true;
+    const float* value = fp8_table();
+    std::vector<float>& d = current->held.at(operation.d);
+    const int t = current->thread % 128;
+    const int first_row = t / 32 * 16 + t % 32 / 4;
+    float a[2][32];
+    u8 bytes[32];
+    for (int half = 0; half < 2; ++half) {
+        read_row(operation.a, first_row + 8 * half, bytes);
+        for (int k = 0; k < 32; ++k) a[half][k] = value[bytes[k]];
+    }
+    for (int group = 0; group < operation.columns / 8; ++group) {
+        for (int pair = 0; pair < 2; ++pair) {
+            read_row(operation.b, 8 * group + t % 4 * 2 + pair, bytes);
+            float sums[2] = {0, 0};
+            for (int k = 0; k < 32; ++k) {
+                const float b = value[bytes[k]];
+                sums[0] += a[0][k] * b;
+                sums[1] += a[1][k] * b;
+            }
+            for (int half = 0; half < 2; ++half) {
+                float& target = d[4 * group + 2 * half + pair];
+                target = operation.accumulate ? target + sums[half] : sums[half];
+            }
+        }
+    }
+}
+
+void report_deadlock() {
+    std::map<std::string, int> waiting;
+    for (auto& cluster : world->clusters) {
+        if (!cluster) continue;
+        for (auto& block : cluster->blocks) {
+            for (auto& fibre : block->fibres) {
+                if (fibre->finished) continue;
+                ++waiting["block " + number(block->index) + " warp " + number(fibre->thread / 32) + ": " + fibre->waits_for];
+            }
+        }
+    }
+    std::fprintf(stderr, "%s: deadlock\n", world->launch.name);
+    for (auto& [what, threads] : waiting) std::fprintf(stderr, "  %s (%d threads)\n", what.c_str(), threads);
+    std::exit(3);
+}
+
+std::unique_ptr<Cluster> make_cluster(int number) {
+    const Launch& launch = world->launch;
+    auto cluster = std::make_unique<Cluster>();
+    for (int rank = 0; rank < launch.cluster; ++rank) {
+        auto block = std::make_unique<Block>();
+        block->cluster = cluster.get();
+        block->index = number * launch.cluster + rank;
+        block->rank = rank;
+        block->shared.assign(launch.shared_bytes, poison);
+        block->granules.resize(launch.shared_bytes / 16 + 2);
+        block->warps.resize(launch.block / 32);
+        block->products.resize(launch.block / 128);
+        for (int thread = 0; thread < launch.block; ++thread) {
+            auto fibre = std::make_unique<Fibre>();
+            fibre->block = block.get();
+            fibre->thread = thread;
+            start_fibre(*fibre);
+            block->fibres.push_back(std::move(fibre));
+        }
+        cluster->blocks.push_back(std::move(block));
+    }
+    cluster->running = launch.cluster * launch.block;
+    return cluster;
+}
+
+// setmaxnreg takes from and gives to what the launch allotted: 65536 / threads a thread, in steps of 8.
+void check_registers(Cluster& cluster) {
+    const int allotted = 65536 / world->launch.block / 8 * 8;
+    for (auto& block : cluster.blocks) {
+        int asked = 0, groups = 0;
+        for (size_t thread = 0; thread < block->fibres.size(); thread += 128) {
+            asked += block->fibres[thread]->registers;
+            groups += block->fibres[thread]->registers != 0;
+        }
+        const int all = static_cast<int>(block->fibres.size()) / 128;
+        if (groups && (groups != all || asked > allotted * all)) {
+            fail("setmaxnreg: %d of %d warpgroups ask for %d registers a lane together, the launch has %d", groups, all, asked, allotted * all);
+        }
+    }
+}
+
+}  // namespace
+
+void fail(const char* format, ...) {
+    std::fprintf(stderr, "%s: ", world ? world->launch.name : "emulator");
+    if (current) std::fprintf(stderr, "block %d thread %d: ", current->block->index, current->thread);
+    va_list arguments;
+    va_start(arguments, format);
+    std::vfprintf(stderr, format, arguments);
+    va_end(arguments);
+    std::fprintf(stderr, "\n");
+    std::_Exit(2);
+}
+
+TensorMap encode(const MapFields* m) {
+    if (reinterpret_cast<u64>(m->base) % 16) fail("tensor map: base not a multiple of 16");
+    for (int i = 1; i < m->rank; ++i) {
+        if (m->strides[i] % 16) fail("tensor map: stride %lld is no multiple of 16", m->strides[i]);
+    }
+    for (int i = 0; i < m->rank; ++i) {
+        if (m->box[i] < 1 || m->box[i] > 256) fail("tensor map: box of %d", m->box[i]);
+    }
+    TensorMap map{};
+    map.opaque[0] = reinterpret_cast<u64>(m);
+    return map;
+}
+
+void run(const Launch& launch, const std::function<void()>& kernel) {
+    World here;
+    here.launch = launch;
+    here.kernel = &kernel;
+    here.random.seed(launch.seed);
+    world = &here;
+    if (launch.grid % launch.cluster) fail("grid %d is no multiple of cluster %d", launch.grid, launch.cluster);
+    const int clusters = launch.grid / launch.cluster;
+    int started = 0, finished = 0;
+    here.clusters.resize(clusters);
+    while (finished < clusters) {
+        while (started < clusters && started - finished < launch.resident) {
+            here.clusters[started] = make_cluster(started);
+            ++started;
+        }
+        here.progress = false;
+        std::vector<Fibre*> order;
+        for (auto& cluster : here.clusters) {
+            if (!cluster) continue;
+            for (auto& block : cluster->blocks) {
+                for (auto& fibre : block->fibres) {
+                    if (!fibre->finished) order.push_back(fibre.get());
+                }
+            }
+        }
+        // Whole warps in random order, now and then single threads.
+        const size_t offset = here.random() % (order.empty() ? 1 : order.size());
+        const bool backwards = chance(50);
+        for (size_t i = 0; i < order.size(); ++i) {
+            Fibre& fibre = *order[((backwards ? order.size() - 1 - i : i) + offset) % order.size()];
+            if (fibre.ready && !fibre.ready()) continue;
+            if (chance(5)) continue;
+            here.progress = true;
+            resume(fibre);
+            if (launch.copies == Timing::random && !here.flying.empty() && chance(10)) land_one();
+        }
+        if (!here.progress) {
+            bool skipped = false;
+            for (Fibre* fibre : order) skipped = skipped || !fibre->ready || fibre->ready();
+            if (!skipped) {
+                if (here.flying.empty()) report_deadlock();
+                land_one();
+            }
+        }
+        for (auto& cluster : here.clusters) {
+            if (cluster && cluster->running == 0) {
+                check_registers(*cluster);
+                cluster.reset();
+                ++finished;
+            }
+        }
+    }
+    if (!here.flying.empty()) fail("%zu copies still under way at the end", here.flying.size());
+    world = nullptr;
+}
+
+void mma(float* d, int columns, u64 a, u64 b, bool accumulate) {
+    Fibre& self = *current;
+    // The instruction belongs to the warpgroup: all its threads issue the same.
+    auto& issued = self.block->products[self.thread / 128];
+    const u64 mark = a * 1000003 ^ b * 999983 ^ static_cast<u64>(columns) << 1 ^ accumulate;
+    if (issued.size() == self.products) issued.push_back(mark);
+    if (issued[self.products++] != mark) fail("wgmma %zu differs within its warpgroup", self.products - 1);
+    if (!self.held.count(d)) self.held[d].assign(d, d + columns / 2);
+    for (int i = 0; i < columns / 2; ++i) d[i] = NAN;
+    self.open.push_back({d, columns, a, b, accumulate, false});
+    const Timing timing = world->launch.products;
+    if (timing == Timing::eager || (timing == Timing::random && chance(30))) {
+        for (auto& group : self.groups) {
+            for (auto& operation : group) execute(operation);
+        }
+        for (auto& operation : self.open) execute(operation);
+    }
+}
+
+void mma_wait(int left) {
+    Fibre& self = *current;
+    while (static_cast<int>(self.groups.size()) > left) {
+        for (auto& operation : self.groups.front()) execute(operation);
+        self.groups.pop_front();
+    }
+    for (auto held = self.held.begin(); held != self.held.end();) {
+        bool busy = false;
+        for (auto& group : self.groups) {
+            for (auto& operation : group) busy = busy || operation.d == held->first;
+        }
+        for (auto& operation : self.open) busy = busy || operation.d == held->first;
+        if (busy) {
+            ++held;
+        } else {
+            std::copy(held->second.begin(), held->second.end(), held->first);
+            held = self.held.erase(held);
+        }
+    }
+    warp_sync();
+}
+
+void registers(int count) { current->registers = count; }
+
+float fp8_value(u8 code) {
+    const int exponent = code >> 3 & 15, mantissa = code & 7;
+    float value;
+    if (exponent == 15 && mantissa == 7) {
+        value = NAN;
+    } else if (exponent == 0) {
+        value = std::ldexp(static_cast<float>(mantissa), -9);
+    } else {
+        value = std::ldexp(1.0f + mantissa / 8.0f, exponent - 7);
+    }
+    return code & 128 ? -value : value;
+}
+
+u8 fp8_code(float value) {
+    const u8 sign = std::signbit(value) ? 128 : 0;
+    const float size = std::fabs(value);
+    if (std::isnan(value)) return sign | 0x7f;
+    if (size >= 448.0f) return sign | 0x7e;
+    int exponent;
+    std::frexp(size, &exponent);
+    const int step = std::max(exponent - 1, -6) - 3;
+    const float rounded = std::ldexp(std::nearbyint(std::ldexp(size, -step)), step);
+    if (rounded >= 448.0f) return sign | 0x7e;
+    if (rounded < std::ldexp(1.0f, -6)) return sign | static_cast<u8>(std::ldexp(rounded, 9));
+    std::frexp(rounded, &exponent);
+    const int mantissa = static_cast<int>(std::ldexp(rounded, 3 - (exponent - 1))) - 8;
+    return sign | static_cast<u8>((exponent - 1 + 7) << 3 | mantissa);
+}
+
+float bf16_value(u16 bits) {
+    const u32 word = static_cast<u32>(bits) << 16;
+    float value;
+    std::memcpy(&value, &word, 4);
+    return value;
+}
+
+u16 bf16_bits(float value) {
+    u32 word;
+    std::memcpy(&word, &value, 4);
+    if (std::isnan(value)) return 0x7fff;
+    return static_cast<u16>((word + 0x7fff + (word >> 16 & 1)) >> 16);
+}
+
+}  // namespace emulate
+
+namespace glm_hopper {
+
+using namespace emulate;
+
+int thread_index() { return current->thread; }
+int block_index() { return current->block->index; }
+int grid_size() { return world->launch.grid; }
+int cluster_rank() { return current->block->rank; }
+
+static u32 exchange(u32 value, int from) {
+    const int lane = current->thread % 32;
+    Warp& warp = current->block->warps[current->thread / 32];
+    const u64 turn = warp.meet.generation % 2;
+    warp.value[turn][lane] = value;
+    meet(warp.meet, 32, "the warp");
+    return warp.value[turn][from];
+}
+
+int warp_uniform(int value) { return static_cast<int>(exchange(static_cast<u32>(value), 0)); }
+u32 shuffle_xor(u32 value, int mask) { return exchange(value, (current->thread % 32) ^ mask); }
+float shuffle_xor(float value, int mask) {
+    u32 word;
+    std::memcpy(&word, &value, 4);
+    return bits_to_float(shuffle_xor(word, mask));
+}
+void warp_sync() { meet(current->block->warps[current->thread / 32].meet, 32, "the warp"); }
+
+u32 shared_base() { return shared_start; }
+int load_shared_int(u32 address) { return load_shared<int>(address); }
+float load_shared_float(u32 address) { return load_shared<float>(address); }
+Vector4 load_shared_16(u32 address) { return load_shared<Vector4>(address); }
+void store_shared_int(u32 address, int value) { store_shared(address, value); }
+void store_shared_float(u32 address, float value) { store_shared(address, value); }
+void store_shared_u16(u32 address, u16 value) { store_shared(address, value); }
+void store_shared_8(u32 address, Vector2 value) { store_shared(address, value); }
+
+template <class T>
+static T load_global(const void* pointer) {
+    if (reinterpret_cast<u64>(pointer) % sizeof(T)) fail("global load of %zu bytes at %p", sizeof(T), pointer);
+    return *static_cast<const T*>(pointer);
+}
+template <class T>
+static void store_global(void* pointer, T value) {
+    if (reinterpret_cast<u64>(pointer) % sizeof(T)) fail("global store of %zu bytes at %p", sizeof(T), pointer);
+    *static_cast<T*>(pointer) = value;
+}
+Vector4 load_fresh_16(const void* pointer) { return load_global<Vector4>(pointer); }
+Vector4 load_16(const void* pointer) { return load_global<Vector4>(pointer); }
+Float2 load_float2(const float* pointer) { return load_global<Float2>(pointer); }
+void store_16(void* pointer, Vector4 value) { store_global(pointer, value); }
+void store_8(void* pointer, Vector2 value) { store_global(pointer, value); }
+int atomic_next(int* counter) { return (*counter)++; }
+void release_add(int* counter) {
+    ++*counter;
+    world->progress = true;
+}
+void acquire_at_least(const int* counter, int target) {
+    wait_until([=] { return *counter >= target; }, "a counter to reach " + std::to_string(target));
+}
+
+void fence_proxy_async() { current->fence_time = world->time++; }
+
+u32 permute_bytes(u32 low, u32 high, u32 selector) {
+    const u64 both = static_cast<u64>(high) << 32 | low;
+    u32 result = 0;
+    for (int i = 0; i < 4; ++i) result |= static_cast<u32>(both >> (selector >> (4 * i) & 7) * 8 & 0xff) << (8 * i);
+    return result;
+}
+float divide_exactly(float a, float b) { return a / b; }
+float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
+float exponential(float x) { return std::exp(x); }
+float divide_fast(float a, float b) { return a / b; }
+float larger(float a, float b) { return std::fmax(a, b); }
+float smaller(float a, float b) { return std::fmin(a, b); }
+float magnitude(float a) { return std::fabs(a); }
+float bits_to_float(u32 bits) {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+u16 pack_fp8(float first, float second) { return static_cast<u16>(fp8_code(first) | fp8_code(second) << 8); }
+u32 pack_bf16(float first, float second) { return bf16_bits(first) | static_cast<u32>(bf16_bits(second)) << 16; }
+
+void barrier_init(u32 barrier, u32 arrivals) {
+    if (barrier % 8) fail("barrier at %u", barrier);
+    shared_at(*current->block, barrier, 8);
+    if (current->block->barriers.count(barrier)) fail("barrier %u initialised twice", barrier);
+    current->block->barriers[barrier] = {arrivals, arrivals, 0, 0};
+}
+void barrier_init_done() {}
+void barrier_expect(u32 barrier, u32 bytes) {
+    barrier_at(*current->block, barrier).bytes += bytes;
+    arrive(*current->block, barrier);
+}
+void barrier_arrive(u32 barrier) { arrive(*current->block, barrier); }
+void barrier_arrive_at(u32 barrier, u32 rank) {
+    if (rank >= current->block->cluster->blocks.size()) fail("arrival at block %u of the cluster", rank);
+    arrive(*current->block->cluster->blocks[rank], barrier);
+}
+void barrier_wait(u32 barrier, u32 parity) {
+    Barrier& waited = barrier_at(*current->block, barrier);
+    wait_until([&waited, parity] { return (waited.phase & 1) != parity; },
+               "barrier " + std::to_string(barrier) + " parity " + std::to_string(parity));
+}
+void named_barrier(int id, int threads) {
+    if (id < 1 || id > 15 || threads % 32) fail("named barrier %d of %d threads", id, threads);
+    int& agreed = current->block->named_threads[id];
+    if (agreed == 0) agreed = threads;
+    if (agreed != threads) fail("named barrier %d of %d and of %d threads", id, agreed, threads);
+    meet(current->block->named[id], threads, "named barrier " + std::to_string(id));
+}
+void block_barrier() { meet(current->block->all, world->launch.block, "the block"); }
+void cluster_barrier() { meet(current->block->cluster->all, world->launch.block * world->launch.cluster, "the cluster"); }
+
+void copy_box(u32 target, const TensorMap& map, u32 barrier, int c0, int c1) {
+    copy_tensor_box(1u << current->block->rank, target, map, barrier, {c0, c1});
+}
+void copy_box(u32 target, const TensorMap& map, u32 barrier, int c0, int c1, int c2) {
+    copy_tensor_box(1u << current->block->rank, target, map, barrier, {c0, c1, c2});
+}
+void copy_box(u32 target, const TensorMap& map, u32 barrier, int c0, int c1, int c2, int c3, int c4) {
+    copy_tensor_box(1u << current->block->rank, target, map, barrier, {c0, c1, c2, c3, c4});
+}
+void copy_box_to(u32 blocks, u32 target, const TensorMap& map, u32 barrier, int c0, int c1, int c2) {
+    copy_tensor_box(blocks, target, map, barrier, {c0, c1, c2});
+}
+
+void copy_chunk(u32 target, const u8* source) {
+    if (target % 16 || reinterpret_cast<u64>(source) % 16) fail("cp.async from %p to %u", static_cast<const void*>(source), target);
+    std::memset(shared_at(*current->block, target, 16), poison, 16);
+    current->chunks.emplace_back(target, source);
+}
+void copies_arrive(u32 barrier) {
+    Fibre* self = current;
+    launch_copy([self, barrier, chunks = std::move(self->chunks)] {
+        for (auto& [target, source] : chunks) {
+            std::memcpy(shared_at(*self->block, target, 16), source, 16);
+            note_ordinary_write(*self->block, target, 16, self);
+        }
+        arrive(*self->block, barrier);
+    });
+    self->chunks.clear();
+}
+
+void mma_commit() {
+    current->groups.push_back(std::move(current->open));
+    current->open.clear();
+}
+
+}  // namespace glm_hopper
