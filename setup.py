@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -10,6 +13,24 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
+
+
+# Which nvcc makes the cubins: a path; "package": the Python package nvidia-cuda-nvcc, which pip then gets for the build;
+# "none": no cubins. Unset: the system's, else the package where this Python has it, else none.
+NVCC = os.environ.get("GLM_HOPPER_NVCC", "")
+
+
+def find_nvcc() -> str:
+    """The path of nvcc, or "none"."""
+    if NVCC not in ("", "package"):
+        return NVCC
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    system = [f"{home}/bin" for home in (*homes, "/usr/local/cuda")] + os.environ.get("PATH", "").split(os.pathsep)
+    spec = importlib.util.find_spec("nvidia")
+    roots = spec.submodule_search_locations if spec else None
+    packaged = [str(found) for root in roots or () for found in Path(root).glob("cu*/bin")]
+    places = packaged if NVCC == "package" else system + packaged
+    return shutil.which("nvcc", path=os.pathsep.join(places)) or "none"
 
 
 class CMakeExtension(Extension):
@@ -28,6 +49,7 @@ class CMakeBuild(build_ext):
         package = ROOT if self.inplace else Path(self.build_lib).absolute()
         folder = Path(self.build_temp).absolute()
         configure = ["cmake", "-S", str(ext.source), "-B", str(folder), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"]
+        configure.append(f"-DGLM_HOPPER_NVCC={find_nvcc()}")
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(folder)], check=True)
         subprocess.run(["cmake", "--install", str(folder), "--prefix", str(package / "vllm_glm_patch")], check=True)
@@ -56,6 +78,7 @@ setup(
     package_dir={"vllm_glm_patch.patches": "patches"},
     package_data={"vllm_glm_patch": ["py.typed", "moe/tuned/*.json"], "vllm_glm_patch.patches": ["*.toml"]},
     ext_modules=[CMakeExtension(ROOT)],
+    setup_requires=["nvidia-cuda-nvcc>=13"] if NVCC == "package" else [],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": AnyPythonWheel},
     distclass=WithNativeParts,
 )

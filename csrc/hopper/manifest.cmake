@@ -1,0 +1,11 @@
+# Writes what library.py checks the cubins by: their SHA-256, what compiled them, and the version of abi.h they are of.
+file(STRINGS ${ABI} line REGEX "abi_version = [0-9]+")
+string(REGEX REPLACE ".*abi_version = ([0-9]+).*" "\\1" abi "${line}")
+set(files)
+foreach(cubin IN LISTS CUBINS)
+    cmake_path(GET cubin FILENAME name)
+    file(SHA256 ${cubin} digest)
+    list(APPEND files "    \"${name}\": \"${digest}\"")
+endforeach()
+list(JOIN files ",\n" files)
+file(WRITE ${OUT} "{\n  \"abi\": ${abi},\n  \"compiler\": \"${COMPILER}\",\n  \"files\": {\n${files}\n  }\n}\n")

@@ -1,0 +1,248 @@
+"""One pass of the fused MoE layer by the native kernels: which problems they serve, in which configuration, and the launches.
+
+Tokens are quantised and grouped by expert by the Triton prologue (routing.py), which both backends share, into the same
+workspace (workspace.py). One C call launches the rest:
+
+    many tokens, intermediate_size 192   gemm1_row · gemm2_sum
+    many tokens, wider                   gemm1_columns · (Triton) requantise · gemm2_sum
+    few tokens                           gemm1_decode · gemm2_decode · topk_sum
+
+Nothing chooses this backend by itself: `op.run` and `run` here take the same arguments but for the configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..dispatch import Card, Config, Gemm1, Gemm2
+from ..pipeline import Pass, Tensors
+from ..problem import Problem
+from ..workspace import layout
+from .errors import HopperError
+from .library import loader
+from .native import Family, Kernel, Layer, Native, numbers
+
+CAPABILITY = (9, 0)
+# Rows an expert gets on average up to which a decode kernel reads its weights once: its tallest tile.
+DECODE_ROWS = 64
+ROW_WIDTH = 192  # intermediate_size of glm_gemm1_row_*, which holds whole rows
+DECODE_WIDTH = 1536  # the widest rows that glm_gemm2_decode_* holds
+
+
+@dataclass(frozen=True)
+class HopperConfig:
+    """Kernels by name. `slice`: columns whose partials exist at once, a power of two; `slots`: slices in flight; both for
+    glm_gemm2_sum_* only. `programmatic`: a decode kernel may start while the one before it ends."""
+
+    gemm1: str
+    gemm2: str
+    slice: int = 512
+    slots: int = 3
+    programmatic: bool = True
+
+
+def why_not(problem: Problem, device: torch.device | str) -> str | None:
+    """Why the native kernels cannot serve this problem on this device; None if they can. Loads them if need be."""
+    if reason := why_not_sizes(problem):
+        return reason
+    device = torch.device(device)
+    if device.type != "cuda":
+        return f"{device} is not a CUDA device"
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    capability = torch.cuda.get_device_capability(index)
+    if capability != CAPABILITY:
+        return f"cuda:{index} has compute capability {capability[0]}.{capability[1]}, and the kernels are for 9.0"
+    try:
+        loader().on(index)
+    except HopperError as error:
+        return str(error)
+    return None
+
+
+def supports(problem: Problem, device: torch.device | str) -> bool:
+    """Whether the native kernels serve this problem on this device. Loads them if need be."""
+    return why_not(problem, device) is None
+
+
+def why_not_sizes(problem: Problem) -> str | None:
+    """The part of `why_not` that needs no device: abi.h, «Sizes any kernel can serve»."""
+    if problem.hidden_size % 256:
+        return f"hidden_size {problem.hidden_size} is not a multiple of 256"
+    if problem.intermediate_size % 192:
+        return f"intermediate_size {problem.intermediate_size} is not a multiple of 192"
+    return None
+
+
+def default_config(problem: Problem) -> HopperConfig:
+    """Rules of thumb: the shortest tile that holds an expert's average share of rows; above 64 rows the prefill kernels."""
+    density = problem.pairs / problem.global_experts
+    if density <= DECODE_ROWS and problem.intermediate_size <= DECODE_WIDTH:
+        # Half again, since experts' shares differ.
+        rows = next((rows for rows in (8, 16, 32) if 1.5 * density <= rows), DECODE_ROWS)
+        return HopperConfig(f"glm_gemm1_decode_t{rows}", f"glm_gemm2_decode_t{rows}")
+    kind = "row" if problem.intermediate_size == ROW_WIDTH else "columns"
+    slice_width = max(width for width in (128, 256, 512) if problem.hidden_size % width == 0)
+    return HopperConfig(f"glm_gemm1_{kind}_c1", "glm_gemm2_sum_n128", slice_width)
+
+
+def triton_config(config: HopperConfig, native: Native) -> Config:
+    """The Triton configuration with the same tiles and buffers: what the shared prologue and workspace go by.
+
+    Raises:
+        HopperError: a kernel is unknown, or the two do not fit together.
+    """
+    first, second = _kernel(native, config.gemm1), _kernel(native, config.gemm2)
+    if (first.family, second.family) == (Family.GEMM1, Family.GEMM2):
+        kind = "row" if _writes_rows(first) else "tile"
+        gemm2 = Gemm2("fused", second.tile_rows, strip=128, slice=config.slice, slots=config.slots, requantise=True)
+        return Config(gemm1=Gemm1(kind, first.tile_rows), gemm2=gemm2)  # type: ignore[arg-type]
+    if (first.family, second.family) == (Family.GEMM1_DECODE, Family.GEMM2_DECODE):
+        gemm2 = Gemm2("resident", second.tile_rows, slice=0, requantise=False)
+        return Config(gemm1=Gemm1("stream", first.tile_rows), gemm2=gemm2)
+    raise HopperError(
+        f"{config.gemm1} and {config.gemm2} do not go together: take GEMM1 and GEMM2 either both for few tokens "
+        "(…_decode_…) or both for many."
+    )
+
+
+def workspace_bytes(problem: Problem, config: HopperConfig, native: Native | None = None) -> int:
+    """Bytes of workspace that `run` needs."""
+    return layout(problem, triton_config(config, native or loader().native)).total
+
+
+class HopperPass:
+    """One pass and its steps, as pipeline.Pass has them.
+
+    Raises:
+        HopperError: the configuration is none.
+    """
+
+    def __init__(
+        self,
+        native: Native,
+        problem: Problem,
+        config: HopperConfig,
+        tensors: Tensors,
+        workspace: torch.Tensor,
+        multiprocessors: int,
+        stream: Callable[[], int],
+    ) -> None:
+        shared = triton_config(config, native)
+        self._native, self._stream = native, stream
+        self._device = tensors.hidden.device.index or 0
+        self._pass = Pass(problem, shared, tensors, workspace, multiprocessors)
+        self._first, self._second = native.by_name[config.gemm1], native.by_name[config.gemm2]
+        self._layer = _layer(problem, config, shared, tensors, workspace, self._pass.max_tiles, multiprocessors)
+
+    def run(self) -> None:
+        """Launch every step on the current stream; GEMM1, GEMM2 and the sum by one C call where nothing lies between.
+
+        Raises:
+            HopperError: a launch is refused.
+        """
+        self._pass.prologue()
+        if self._requantises():
+            self._launch(self._first)
+            self._pass.requantise()
+            self._launch(self._second)
+        else:
+            self._launch(self._first, self._second, *self._sums())
+
+    def steps(self) -> list[tuple[str, Callable[[], None]]]:
+        """(name, launch) of each step, in order; benchmarks time them one by one."""
+        steps: list[tuple[str, Callable[[], None]]] = [
+            ("prologue", self._pass.prologue),
+            ("gemm1", lambda: self._launch(self._first)),
+        ]
+        if self._requantises():
+            steps.append(("requantise", self._pass.requantise))
+        steps.append(("gemm2", lambda: self._launch(self._second)))
+        if sums := self._sums():
+            steps.append(("sum", lambda: self._launch(*sums)))
+        return steps
+
+    def _requantises(self) -> bool:
+        return self._first.family is Family.GEMM1 and not _writes_rows(self._first)
+
+    def _sums(self) -> list[Kernel]:
+        if self._second.family is not Family.GEMM2_DECODE:
+            return []
+        return [kernel for kernel in self._native.kernels if kernel.family is Family.SUM]
+
+    def _launch(self, *kernels: Kernel) -> None:
+        self._native.run(self._device, self._stream(), self._layer, numbers(*kernels))
+
+
+def run(problem: Problem, config: HopperConfig, card: Card, tensors: Tensors, workspace: torch.Tensor) -> None:
+    """Run one pass on the current stream: `op.run` for this backend. Does not wait, and may be captured in a graph.
+
+    Raises:
+        HopperError: the kernels cannot be loaded on this device or do not serve this problem.
+    """
+    device = tensors.hidden.device
+    native = loader().on(device.index)
+
+    def stream() -> int:
+        return torch.cuda.current_stream(device).cuda_stream
+
+    HopperPass(native, problem, config, tensors, workspace, card.multiprocessors, stream).run()
+
+
+def _kernel(native: Native, name: str) -> Kernel:
+    if name not in native.by_name:
+        raise HopperError(f"There is no kernel {name}; there are {', '.join(native.by_name)}.")
+    return native.by_name[name]
+
+
+def _writes_rows(kernel: Kernel) -> bool:
+    return kernel.name.startswith("glm_gemm1_row_")
+
+
+def _layer(
+    problem: Problem,
+    config: HopperConfig,
+    shared: Config,
+    tensors: Tensors,
+    workspace: torch.Tensor,
+    max_tiles: int,
+    multiprocessors: int,
+) -> Layer:
+    """Addresses and sizes as the launcher takes them; the tensors and the workspace must outlive the launches."""
+    base, offsets = workspace.data_ptr(), layout(problem, shared).offsets
+
+    def within(name: str) -> int | None:
+        return base + offsets[name][0] if name in offsets else None
+
+    return Layer(
+        tokens=within("tokens_or_partial"),
+        token_scales=within("token_scales"),
+        w13=tensors.w13.data_ptr(),
+        w13_scales=tensors.w13_scale.data_ptr(),
+        w2=tensors.w2.data_ptr(),
+        w2_scales=tensors.w2_scale.data_ptr(),
+        act=within("act"),
+        act_quantised=within("act_quantised"),
+        act_scales=within("act_scales"),
+        topk_weights=tensors.topk_weights.data_ptr(),
+        partial=within("tokens_or_partial"),
+        out=tensors.out.data_ptr(),
+        local_ids=within("local_ids"),
+        rows=within("rows"),
+        tiles=within("tiles"),
+        counts=within("counts"),
+        w13_stride=tensors.w13.stride(0),
+        w2_stride=tensors.w2.stride(0),
+        tokens_count=problem.tokens,
+        hidden_size=problem.hidden_size,
+        intermediate_size=problem.intermediate_size,
+        experts=problem.experts,
+        top_k=problem.top_k,
+        max_tiles=max_tiles,
+        slice=config.slice,
+        slots=config.slots,
+        multiprocessors=multiprocessors,
+        programmatic=config.programmatic,
+    )
