@@ -48,7 +48,10 @@ template <class T>
 struct Buffer {
     T* data;
     size_t count;
-    explicit Buffer(size_t n, int fill = 0xff) : data(static_cast<T*>(std::aligned_alloc(16, std::max<size_t>(n * sizeof(T), 1)))), count(n) {
+    explicit Buffer(size_t n, int fill = 0xff) : count(n) {
+        void* block = nullptr;
+        if (posix_memalign(&block, 16, std::max<size_t>(n * sizeof(T), 1))) std::abort();
+        data = static_cast<T*>(block);
         std::memset(data, fill, n * sizeof(T));
     }
     ~Buffer() { std::free(data); }

@@ -90,6 +90,7 @@ struct Block {
     std::vector<Warp> warps;
     std::vector<std::vector<u64>> products;  // of each warpgroup: what its first thread to arrive issued
     std::vector<std::unique_ptr<Fibre>> fibres;
+    int running = 0;
 };
 
 struct Cluster {
@@ -178,6 +179,7 @@ void resume(Fibre& fibre) {
     current = nullptr;
     if (fibre.finished) {
         free_stacks.push_back(fibre.stack);
+        --fibre.block->running;
         --fibre.block->cluster->running;
     }
 }
@@ -243,6 +245,7 @@ void settle(Barrier& barrier) {
 }
 
 void arrive(Block& block, u32 address) {
+    if (block.running == 0) fail("an arrival at barrier %u of block %d, which has ended", address, block.index);
     Barrier& barrier = barrier_at(block, address);
     if (barrier.pending == 0) fail("barrier %u: an arrival too many", address);
     --barrier.pending;
@@ -297,6 +300,7 @@ void copy_tensor_box(u32 blocks, u32 target, const TensorMap& map, u32 barrier, 
     for (Block* block : targets) std::memset(shared_at(*block, target, rows * 128), poison, rows * 128);
     for (Block* block : targets) {
         launch_copy([block, target, rows, barrier, data] {
+            if (block->running == 0) fail("a box lands in block %d, which has ended", block->index);
             for (u32 i = 0; i < rows * 128; ++i) *shared_at(*block, place(target + i), 1) = data[i];
             for (u32 granule = 0; granule < rows * 8; ++granule) block->granules[(target - shared_start) / 16 + granule] = {};
             Barrier& counted = barrier_at(*block, barrier);
@@ -398,6 +402,7 @@ std::unique_ptr<Cluster> make_cluster(int number) {
             start_fibre(*fibre);
             block->fibres.push_back(std::move(fibre));
         }
+        block->running = launch.block;
         cluster->blocks.push_back(std::move(block));
     }
     cluster->running = launch.cluster * launch.block;
