@@ -459,7 +459,7 @@ void run(const Launch& launch, const std::function<void()>& kernel) {
     world = &here;
     if (launch.grid % launch.cluster) fail("grid %d is no multiple of cluster %d", launch.grid, launch.cluster);
     const int clusters = launch.grid / launch.cluster;
-    int started = 0, finished = 0;
+    int started = 0, finished = 0, sweep = 0, slow_warp = 0;
     here.clusters.resize(clusters);
     while (finished < clusters) {
         while (started < clusters && started - finished < launch.resident) {
@@ -476,13 +476,15 @@ void run(const Launch& launch, const std::function<void()>& kernel) {
                 }
             }
         }
-        // Whole warps in random order, now and then single threads.
+        // From a random thread on, forwards or backwards; now and then one is left out. One warp is far slower than the
+        // others for a while: whatever depends on its keeping up without a barrier shows.
+        if (sweep++ % 64 == 0) slow_warp = static_cast<int>(here.random() % (launch.block / 32));
         const size_t offset = here.random() % (order.empty() ? 1 : order.size());
         const bool backwards = chance(50);
         for (size_t i = 0; i < order.size(); ++i) {
             Fibre& fibre = *order[((backwards ? order.size() - 1 - i : i) + offset) % order.size()];
             if (fibre.ready && !fibre.ready()) continue;
-            if (chance(5)) continue;
+            if (chance(fibre.thread / 32 == slow_warp ? 97 : 5)) continue;
             here.progress = true;
             resume(fibre);
             if (launch.copies == Timing::random && !here.flying.empty() && chance(10)) land_one();
