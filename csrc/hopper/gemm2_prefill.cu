@@ -284,7 +284,9 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Gemm2
                 sum_choices<at_once>(first, p.slice, ids, real, p.experts, p.top_k, sums);
 #pragma unroll
                 for (int i = 0; i < at_once; ++i) {
-                    if (real[i]) store_16(p.out + static_cast<i64>(token[i]) * p.hidden_size + slice * p.slice + 8 * vector, sums[i]);
+                    if (real[i]) {
+                        store_last_16(p.out + static_cast<i64>(token[i]) * p.hidden_size + slice * p.slice + 8 * vector, sums[i]);
+                    }
                 }
             }
             warp_sync();  // every lane has read
