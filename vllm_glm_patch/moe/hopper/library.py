@@ -25,6 +25,9 @@ FLAGS = "flags.txt"
 # PTX of a later version, JIT switched off, invalid source, unsupported. Every other is no fault of the cubin.
 REFUSALS = frozenset({200, 209, 218, 221, 222, 223, 300, 801})
 
+# abi.h has functions for the host too, which NVRTC does not know unless all are the device's.
+NVRTC_FLAGS = ("--device-as-default-execution-space",)
+
 _log = logging.getLogger("vllm_glm_patch")
 
 
@@ -78,7 +81,7 @@ def compiled(nvrtc: Nvrtc, sources: Mapping[str, str], root: Path) -> Images:
     Raises:
         HopperError: the cache is not safe or not writable, or the compiler refuses a source.
     """
-    options = flags_of(sources)
+    options = (*flags_of(sources), *NVRTC_FLAGS)
     key = cache.key_of(sources, options, nvrtc.identity)
     folder = cache.owned_folder(root / "hopper")
     abi = abi_of(sources)
