@@ -24,6 +24,7 @@ from vllm_glm_patch.moe.hopper.errors import HopperError
 from vllm_glm_patch.moe.hopper.native import Layer, Native, numbers
 
 HIDDEN, WIDTH, EXPERTS, TOP_K, TOKENS = 5120, 192, 160, 8, 300
+INVALID = "CUDA_ERROR_INVALID_VALUE (1): invalid argument"
 
 
 @pytest.fixture(scope="module")

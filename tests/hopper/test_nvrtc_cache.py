@@ -77,7 +77,7 @@ def test_a_process_that_dies_while_compiling_leaves_nothing_in_the_way(root: Pat
     assert dying.returncode == 9
     assert compilations(log)
     second = start(root, log, tmp_path / "go")
-    out, error = second.communicate(timeout=60)
+    _, error = second.communicate(timeout=60)
     assert second.returncode == 0, error
     assert len(entries(root)) == 1
 
@@ -149,7 +149,7 @@ def test_a_folder_that_others_may_write_is_refused(mode: int, ask, root: Path, l
 def test_a_folder_whose_parent_others_may_write_is_refused(ask, root: Path) -> None:
     root.mkdir()
     root.chmod(0o777)
-    with pytest.raises(HopperError, match="is refused: .*/cache has mode 0777"):
+    with pytest.raises(HopperError, match=r"is refused: .*/cache has mode 0777"):
         ask()
     root.chmod(0o1777)  # like /tmp: others cannot put another folder in its place
     ask()
