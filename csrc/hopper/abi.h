@@ -54,7 +54,7 @@ constexpr MapShape map_shapes[] = {
 //     const float* topk_weights [P], bf16* partial [slots, P, slice], const int* local_ids [P], bf16* out [M, K],
 //     const int* rows [P], const int* tiles, const int* counts, int* counters, int tokens, int max_tiles,
 //     int hidden_size, int intermediate_size, int experts, int top_k, int slice, int slots
-//     counters: 2 + 2 · ceil(K / slice) int32 zeros before every launch: counts + 3, which routing.py zeroes (257 of them).
+//     counters: 3 + 2 · ceil(K / slice) int32 zeros, and zeros again afterwards: counts + 3, where routing.py has 257 of them.
 // Family::gemm1_decode (glm_gemm1_decode_*):
 //     TensorMap w13_interleaved, const u8* tokens [M, K] FP8, const float* token_scales [M], const float* w13_scales,
 //     bf16* act [P, N], const int* rows, const int* tiles, const int* counts, int max_tiles, int hidden_size,

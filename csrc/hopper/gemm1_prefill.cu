@@ -150,6 +150,7 @@ GLM_DEVICE void gemm1_prefill(const TensorMap& w13, const Gemm1Arguments& p) {
             if (size <= 0) {
                 for (int step = 0; step < steps; ++step) {
                     barrier_wait(full + 8 * position.slot, position.parity);
+                    warp_sync();  // a lane left behind could miss its phase altogether
                     release(position.slot);
                     position.advance();
                 }

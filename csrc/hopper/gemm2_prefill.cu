@@ -85,6 +85,7 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Gemm2
     int* next_sum = p.counters + 1;
     int* gemms_done = p.counters + 2;       // [slices], counts warpgroups: two an item
     int* sums_done = gemms_done + slices;   // [slices], counts blocks of tokens
+    int* blocks_done = sums_done + slices;  // counts blocks of the grid
     const i64 slot_elements = static_cast<i64>(p.tokens) * p.top_k * p.slice;
     const int steps = divide_up(p.intermediate_size, gemm2_k_step);
     Ring<STAGES> position;
@@ -244,6 +245,11 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Gemm2
             named_barrier(3, sum_threads);
             if (t == 0) release_add(sums_done + slice);
         }
+    }
+    // The last block leaves the counters as it found them, for the next launch.
+    block_barrier();
+    if (thread == 0 && atomic_next_ordered(blocks_done) == grid_size() - 1) {
+        for (int i = 0; i < 3 + 2 * slices; ++i) p.counters[i] = 0;
     }
 }
 

@@ -102,6 +102,15 @@ GLM_DEVICE void store_16(void* pointer, Vector4 v) { *static_cast<Vector4*>(poin
 GLM_DEVICE void store_8(void* pointer, Vector2 v) { *static_cast<Vector2*>(pointer) = v; }
 
 GLM_DEVICE int atomic_next(int* counter) { return atomicAdd(counter, 1); }
+// The same, after everything this thread has seen and before all it does next.
+GLM_DEVICE int atomic_next_ordered(int* counter) {
+    int value;
+    asm volatile("fence.acq_rel.gpu;\n\tatom.relaxed.gpu.global.add.s32 %0, [%1], 1;\n\tfence.acq_rel.gpu;"
+                 : "=r"(value)
+                 : "l"(counter)
+                 : "memory");
+    return value;
+}
 // Counts one up after everything this thread has seen (a barrier before it adds the others' stores).
 GLM_DEVICE void release_add(int* counter) {
     asm volatile("fence.acq_rel.gpu;\n\tred.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");

@@ -90,6 +90,7 @@ struct Block {
     std::vector<Warp> warps;
     std::vector<std::vector<u64>> products;  // of each warpgroup: what its first thread to arrive issued
     std::vector<std::unique_ptr<Fibre>> fibres;
+    int running = 0;
 };
 
 struct Cluster {
@@ -178,6 +179,7 @@ void resume(Fibre& fibre) {
     current = nullptr;
     if (fibre.finished) {
         free_stacks.push_back(fibre.stack);
+        --fibre.block->running;
         --fibre.block->cluster->running;
     }
 }
@@ -243,6 +245,7 @@ void settle(Barrier& barrier) {
 }
 
 void arrive(Block& block, u32 address) {
+    if (block.running == 0) fail("an arrival at barrier %u of block %d, which has ended", address, block.index);
     Barrier& barrier = barrier_at(block, address);
     if (barrier.pending == 0) fail("barrier %u: an arrival too many", address);
     --barrier.pending;
@@ -297,6 +300,7 @@ void copy_tensor_box(u32 blocks, u32 target, const TensorMap& map, u32 barrier, 
     for (Block* block : targets) std::memset(shared_at(*block, target, rows * 128), poison, rows * 128);
     for (Block* block : targets) {
         launch_copy([block, target, rows, barrier, data] {
+            if (block->running == 0) fail("a box lands in block %d, which has ended", block->index);
             for (u32 i = 0; i < rows * 128; ++i) *shared_at(*block, place(target + i), 1) = data[i];
             for (u32 granule = 0; granule < rows * 8; ++granule) block->granules[(target - shared_start) / 16 + granule] = {};
             Barrier& counted = barrier_at(*block, barrier);
@@ -398,6 +402,7 @@ std::unique_ptr<Cluster> make_cluster(int number) {
             start_fibre(*fibre);
             block->fibres.push_back(std::move(fibre));
         }
+        block->running = launch.block;
         cluster->blocks.push_back(std::move(block));
     }
     cluster->running = launch.cluster * launch.block;
@@ -454,7 +459,7 @@ void run(const Launch& launch, const std::function<void()>& kernel) {
     world = &here;
     if (launch.grid % launch.cluster) fail("grid %d is no multiple of cluster %d", launch.grid, launch.cluster);
     const int clusters = launch.grid / launch.cluster;
-    int started = 0, finished = 0;
+    int started = 0, finished = 0, sweep = 0, slow_warp = 0;
     here.clusters.resize(clusters);
     while (finished < clusters) {
         while (started < clusters && started - finished < launch.resident) {
@@ -471,13 +476,15 @@ void run(const Launch& launch, const std::function<void()>& kernel) {
                 }
             }
         }
-        // Whole warps in random order, now and then single threads.
+        // From a random thread on, forwards or backwards; now and then one is left out. One warp is far slower than the
+        // others for a while: whatever depends on its keeping up without a barrier shows.
+        if (sweep++ % 64 == 0) slow_warp = static_cast<int>(here.random() % (launch.block / 32));
         const size_t offset = here.random() % (order.empty() ? 1 : order.size());
         const bool backwards = chance(50);
         for (size_t i = 0; i < order.size(); ++i) {
             Fibre& fibre = *order[((backwards ? order.size() - 1 - i : i) + offset) % order.size()];
             if (fibre.ready && !fibre.ready()) continue;
-            if (chance(5)) continue;
+            if (chance(fibre.thread / 32 == slow_warp ? 97 : 5)) continue;
             here.progress = true;
             resume(fibre);
             if (launch.copies == Timing::random && !here.flying.empty() && chance(10)) land_one();

@@ -81,6 +81,7 @@ Float2 load_float2(const float* pointer);
 void store_16(void* pointer, Vector4 value);
 void store_8(void* pointer, Vector2 value);
 int atomic_next(int* counter);
+inline int atomic_next_ordered(int* counter) { return atomic_next(counter); }
 void release_add(int* counter);
 void acquire_at_least(const int* counter, int target);
 

@@ -1,0 +1,62 @@
+"""Builds the emulator of tests/hopper/native with the kernels of csrc/hopper in it."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+KERNELS = ROOT / "csrc/hopper"
+NATIVE = Path(__file__).parent / "native"
+
+_FLAGS = ["-std=c++17", "-O1", "-g1", "-DGLM_HOPPER_EMULATE", f"-I{NATIVE}", "-Wno-psabi", "-Wno-unknown-pragmas"]
+_SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+
+
+def _compile(out: Path, *arguments: str | Path) -> Path:
+    subprocess.run(["g++", *_FLAGS, *map(str, arguments), "-o", str(out)], check=True, timeout=300)
+    return out
+
+
+def run_check(program: Path, kernel: str, **options: int) -> subprocess.CompletedProcess[str]:
+    """Run one kernel; the outcome, with everything it printed."""
+    words = [str(program), kernel, *(f"{key}={value}" for key, value in options.items())]
+    return subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture(scope="session")
+def emulator_object(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The emulator alone, without sanitizers: planted faults are recompiled often."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ to build the emulator with")
+    return _compile(tmp_path_factory.mktemp("emulator") / "emulate.o", f"-I{KERNELS}", "-c", NATIVE / "emulate.cpp")
+
+
+@pytest.fixture(scope="session")
+def check_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All kernels, the emulator and their check under AddressSanitizer and UBSan."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ to build the emulator with")
+    sources = (NATIVE / "emulate.cpp", NATIVE / "check.cpp")
+    out = tmp_path_factory.mktemp("check") / "check"
+    return _compile(out, "-Wall", "-Wextra", "-Werror", *_SANITIZERS, f"-I{KERNELS}", *sources)
+
+
+@pytest.fixture
+def changed_kernel(emulator_object: Path, tmp_path: Path) -> Callable[[str, str, str, str], Path]:
+    """(file, text, other text, kernel file) → the check of that kernel with every such text replaced; it must be there."""
+
+    def build(file: str, text: str, other: str, kernel_file: str) -> Path:
+        folder = tmp_path / "kernels"
+        shutil.copytree(KERNELS, folder, ignore=shutil.ignore_patterns("host", "CMakeLists.txt"))
+        source = (folder / file).read_text()
+        assert text in source, f"{file} has changed: {text!r} is not in it"
+        (folder / file).write_text(source.replace(text, other))
+        only = f"-DCHECK_ONLY={Path(kernel_file).stem.upper()}"
+        return _compile(tmp_path / "changed", only, f"-I{folder}", NATIVE / "check.cpp", emulator_object)
+
+    return build

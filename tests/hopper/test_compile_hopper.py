@@ -1,0 +1,123 @@
+"""The Hopper kernels through the real compiler, without a card: sm_90a, no spills, wgmma, and the sizes that abi.h promises."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from .conftest import KERNELS
+
+REGISTERS = 65536  # of a multiprocessor
+SHARED = 232448  # bytes that a block may have on compute capability 9.0
+SOURCES = ("gemm1_prefill.cu", "gemm2_prefill.cu", "gemm1_decode.cu", "gemm2_decode.cu", "topk_sum.cu")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of abi.h's table of kernels."""
+
+    name: str
+    source: str
+    family: str
+    block: int
+    stages: int
+    stage_bytes: int
+    tile_rows: int
+
+    def shared_bytes(self, intermediate_size: int) -> int:
+        """abi.h's shared_bytes(), written again."""
+        if self.family == "sum":
+            return 0
+        rows = self.tile_rows * (-(-intermediate_size // 128) * 128 + 272) if self.family == "gemm2_decode" else 0
+        return self.stages * self.stage_bytes + 4096 + 1024 + rows
+
+
+def entries() -> list[Entry]:
+    """abi.h's table of kernels."""
+    found = re.findall(
+        r'\{"(\w+)", "([\w.]+)", Family::(\w+), Grid::\w+, (\d+), \d+, (\d+), \d+, (\d+), (\d+),',
+        (KERNELS / "abi.h").read_text(),
+    )
+    return [
+        Entry(name, source, family, int(block), int(stages), int(stage_bytes), int(rows))
+        for name, source, family, block, rows, stages, stage_bytes in found
+    ]
+
+
+def find_nvcc() -> str | None:
+    """CUDA's compiler, on the path or where its packages put it."""
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What ptxas says of each source; the cubins lie in `cubins` beside."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        pytest.skip("no nvcc here, and only it can say what becomes of the kernels on sm_90a")
+    folder = tmp_path_factory.mktemp("cubins")
+    made = {}
+    target = ["-gencode=arch=compute_90a,code=sm_90a", "-std=c++17", "-Xptxas", "-v", "-Werror", "all-warnings", "-cubin"]
+    for source in SOURCES:
+        out = folder / f"{source}.cubin"
+        done = subprocess.run(
+            [nvcc, *target, "-o", out, KERNELS / source], capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        made[source] = done.stdout + done.stderr
+    made["folder"] = str(folder)
+    return made
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_source_compiles_for_hopper_without_spills(reports: dict[str, str], source: str) -> None:
+    report = reports[source]
+    named = re.findall(r"Compiling entry function '(\w+)'", report)
+    assert sorted(named) == sorted(entry.name for entry in entries() if entry.source == source)
+    assert Counter(re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", report)) == {("0", "0"): len(named)}
+    # C75xx: setmaxnreg ignored, or wgmma serialised.
+    assert "C75" not in report, report
+    registers = dict(zip(named, map(int, re.findall(r"Used (\d+) registers", report))))
+    for entry in entries():
+        if entry.source == source:
+            assert registers[entry.name] * entry.block <= REGISTERS
+
+
+@pytest.mark.parametrize("entry", entries(), ids=lambda entry: entry.name)
+def test_shared_memory_fits_a_hopper_block(entry: Entry) -> None:
+    for width in (192, 384, 768, 1536):
+        assert entry.shared_bytes(width) <= SHARED
+
+
+def test_machine_code_has_the_instructions_meant(reports: dict[str, str]) -> None:
+    triton = pytest.importorskip("triton")
+    nvdisasm = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    if not os.access(nvdisasm, os.X_OK):
+        pytest.skip("this Triton brings no nvdisasm")
+    code = {}
+    for source in SOURCES:
+        cubin = Path(reports["folder"]) / f"{source}.cubin"
+        code[source] = subprocess.run([nvdisasm, "-c", cubin], capture_output=True, text=True, check=True, timeout=120).stdout
+    for source in SOURCES[:4]:
+        assert "QGMMA" in code[source], f"{source} multiplies without wgmma"
+        assert "UTMALDG" in code[source], f"{source} reads its weights without TMA"
+        assert not re.search(r"\b(STL|LDL)\b", code[source]), f"{source} uses local memory"
+    assert "QGMMA.64x192x32.F32.E4M3.E4M3" in code["gemm1_prefill.cu"]
+    assert ".MULTICAST" in code["gemm1_prefill.cu"]
+    for source in ("gemm1_prefill.cu", "gemm1_decode.cu"):
+        assert "LDGSTS.E.BYPASS.128" in code[source], f"{source} gathers in less than 16 bytes"
+    for source in ("gemm1_prefill.cu", "gemm2_prefill.cu"):
+        assert "USETMAXREG" in code[source]
+    for source in ("gemm2_prefill.cu", "topk_sum.cu"):
+        assert "LDG.E.128.STRONG.GPU" in code[source]
+        assert "STG.E.128" in code[source]
+    # Interleaved wgmma of one K step belong to one group: one wait a step, not one an instruction.
+    waits = code["gemm1_prefill.cu"].count("WARPGROUP.DEPBAR")
+    assert code["gemm1_prefill.cu"].count("QGMMA") >= 8 * waits / 2

@@ -1,0 +1,128 @@
+"""What the emulator is worth: each fault planted into a kernel must be found, by a wrong result, a deadlock or a message."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from .conftest import run_check
+
+_GEMM1, _GEMM2, _DECODE1, _DECODE2 = "gemm1_prefill.cu", "gemm2_prefill.cu", "gemm1_decode.cu", "gemm2_decode.cu"
+
+# name, file, kernel, text, what it becomes
+_FAULTS = [
+    (
+        "slot freed while wgmma reads it",
+        _GEMM1,
+        "glm_gemm1_row_c1",
+        "if (step > 0) release(position.previous());",
+        "release(position.slot);",
+    ),
+    ("accumulators read before they are done", _GEMM1, "glm_gemm1_row_c1", "mma_wait<0>();", ""),
+    ("no proxy fence after cp.async", _GEMM1, "glm_gemm1_row_c1", "fence_proxy_async();", ""),
+    ("producer does not wait for a free slot", _GEMM1, "glm_gemm1_row_c1", "barrier_wait(empty", "if (0) barrier_wait(empty"),
+    (
+        "consumer waits for the wrong phase",
+        _GEMM1,
+        "glm_gemm1_row_c1",
+        "barrier_wait(full + 8 * position.slot, position.parity)",
+        "barrier_wait(full + 8 * position.slot, position.parity ^ 1)",
+    ),
+    (
+        "unswizzled gather",
+        "gather.cuh",
+        "glm_gemm1_row_c1",
+        "return swizzled_address(0, gather_row(thread, 0), gather_chunk(thread) * chunk_bytes);",
+        "return gather_row(thread, 0) * 128 + gather_chunk(thread) * chunk_bytes;",
+    ),
+    ("a row too many is stored", _GEMM1, "glm_gemm1_row_c1", "if (row < size) store_8", "if (row < size + 1) store_8"),
+    (
+        "multicast into a slot the neighbour still reads",
+        _GEMM1,
+        "glm_gemm1_row_c2",
+        "barrier_init(empty + 8 * slot, consumer_warps * CLUSTER);",
+        "barrier_init(empty + 8 * slot, consumer_warps);",
+    ),
+    ("a block ends before its neighbour", _GEMM1, "glm_gemm1_row_c2", "if (CLUSTER > 1) cluster_barrier();", ""),
+    (
+        "more registers than the launch has",
+        _GEMM1,
+        "glm_gemm1_row_c1",
+        "registers_up<consumer_registers>()",
+        "registers_up<232>()",
+    ),
+    (
+        "sum before its products",
+        _GEMM2,
+        "glm_gemm2_sum_n128",
+        "if (number < sum_items) acquire_at_least",
+        "if (0) acquire_at_least",
+    ),
+    (
+        "partials overwritten before they are summed",
+        _GEMM2,
+        "glm_gemm2_sum_n128",
+        "if (item.slice >= p.slots) acquire_at_least",
+        "if (0) acquire_at_least",
+    ),
+    ("product announced before it is stored", _GEMM2, "glm_gemm2_sum_n128", "named_barrier(warpgroup, 128);", ""),
+    (
+        "an item read before it is written",
+        _GEMM2,
+        "glm_gemm2_sum_n128",
+        "barrier_wait(item_full",
+        "if (0) barrier_wait(item_full",
+    ),
+    (
+        "scales read before they are written",
+        _DECODE1,
+        "glm_gemm1_decode_t16",
+        "named_barrier(1, 128);  // the scales are written",
+        "",
+    ),
+    (
+        "a box of the wrong channels",
+        _DECODE1,
+        "glm_gemm1_decode_t32",
+        "group + multiple * (channels_per_tile / 8)",
+        "group + multiple * channels_per_tile",
+    ),
+    (
+        "garbage after the width",
+        _DECODE2,
+        "glm_gemm2_decode_t16",
+        "first < divide_up(width, gemm2_decode_k_step) * gemm2_decode_k_step",
+        "first < width",
+    ),
+    (
+        "staging reused too early",
+        _DECODE2,
+        "glm_gemm2_decode_t16",
+        "            named_barrier(1, 128);\n        }\n    }\n}",
+        "        }\n    }\n}",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "file", "kernel", "text", "other"), _FAULTS, ids=[fault[0] for fault in _FAULTS])
+def test_planted_fault_is_found(
+    changed_kernel: Callable[..., Path], name: str, file: str, kernel: str, text: str, other: str
+) -> None:
+    only = {"glm_gemm1_row": _GEMM1}.get(kernel[:13], file)
+    program = changed_kernel(file, text, other, only)
+    options = {"tokens": 150, "hidden": 1024, "slice": 256, "slots": 2, "grid": 2, "experts": 2}
+    outcomes = (run_check(program, kernel, seed=seed, timing=2 - seed % 2, **options) for seed in range(1, 13))
+    assert any(done.returncode for done in outcomes), f"{name}: not found by 12 runs"
+
+
+@pytest.mark.parametrize("file", [_GEMM1, _GEMM2, _DECODE1, _DECODE2])
+def test_unchanged_kernels_pass_the_same_runs(changed_kernel: Callable[..., Path], file: str) -> None:
+    kernels = {kernel for _, of_fault, kernel, _, _ in _FAULTS if of_fault == file}
+    program = changed_kernel(file, "namespace glm_hopper", "namespace glm_hopper", file)
+    options = {"tokens": 150, "hidden": 1024, "slice": 256, "slots": 2, "grid": 2, "experts": 2}
+    for kernel in kernels:
+        for seed, timing in ((1, 2), (2, 1)):
+            done = run_check(program, kernel, seed=seed, timing=timing, **options)
+            assert done.returncode == 0, done.stdout + done.stderr

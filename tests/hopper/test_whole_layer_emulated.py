@@ -1,0 +1,75 @@
+"""The whole backend without a card: Triton's prologue in its interpreter, the launcher, the kernels under the emulator."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .conftest import KERNELS, NATIVE, ROOT
+
+HOST = KERNELS / "host"
+
+_CASES = [
+    # tokens, intermediate size, experts of this rank and in all, kernels, routing
+    (40, 192, 4, 4, "glm_gemm1_row_c1", "glm_gemm2_sum_n128", "spread"),
+    (70, 192, 4, 4, "glm_gemm1_row_c2", "glm_gemm2_sum_n256", "bad"),
+    (33, 384, 3, 6, "glm_gemm1_columns_c1", "glm_gemm2_sum_n256", "spread"),
+    (20, 384, 3, 3, "glm_gemm1_exact_c1", "glm_gemm2_sum_n128", "skewed"),
+    (3, 192, 4, 4, "glm_gemm1_decode_t8", "glm_gemm2_decode_t8", "spread"),
+    (17, 384, 3, 6, "glm_gemm1_decode_t16", "glm_gemm2_decode_t16", "bad"),
+    (40, 192, 2, 2, "glm_gemm1_decode_t64", "glm_gemm2_decode_t64", "collapsed"),
+    (5, 192, 2, 2, "glm_gemm1_decode_t32", "glm_gemm2_decode_t32", "none"),
+]
+
+
+@pytest.fixture(scope="module")
+def libraries(emulator_object: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(libglm_hopper.so, the emulated driver)."""
+    if not HOST.is_dir():
+        pytest.skip("csrc/hopper/host is not in this tree")
+    folder = tmp_path_factory.mktemp("emulated-layer")
+    flags = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-Wno-psabi", "-Wno-unknown-pragmas"]
+    launcher, driver = folder / "libglm_hopper.so", folder / "libcuda_emulated.so"
+    subprocess.run([*flags, *map(str, sorted(HOST.glob("*.cpp"))), "-o", str(launcher), "-lpthread"], check=True, timeout=300)
+    sources = [str(NATIVE / "emulated_driver.cpp"), str(NATIVE / "emulate.cpp")]
+    paths = [f"-I{KERNELS}", f"-I{NATIVE}", "-DGLM_HOPPER_EMULATE"]
+    subprocess.run([*flags, *paths, *sources, "-o", str(driver)], check=True, timeout=300)
+    return launcher, driver
+
+
+def run_case(launcher: str, driver: str, case: int) -> None:
+    """In a process of its own, under Triton's interpreter: one layer against the float64 reference, and each of its steps."""
+    import torch
+
+    from tests.gpu.hopper_stages import check_layer
+    from vllm_glm_patch.moe.generators import make_inputs
+    from vllm_glm_patch.moe.hopper.backend import HopperConfig
+    from vllm_glm_patch.moe.hopper.native import Native
+    from vllm_glm_patch.moe.problem import Problem
+
+    tokens, width, experts, global_experts, gemm1, gemm2, routing = _CASES[case]
+    native = Native(Path(launcher))
+    native.open(driver)
+    for source in native.sources:
+        native.load(0, source, b"")
+    problem = Problem(tokens, 512, width, experts, global_experts, top_k=2)
+    inputs = make_inputs(problem, 11, routing)  # type: ignore[arg-type]
+    config = HopperConfig(gemm1, gemm2, slice=256, slots=2)
+    report = check_layer(native, inputs, config, multiprocessors=2, stream=lambda: 0)
+    print("\n".join(report.lines))
+    torch.testing.assert_close(torch.tensor(report.wrong), torch.tensor(0))
+
+
+@pytest.mark.parametrize("case", range(len(_CASES)), ids=[f"{c[4][4:]}-{c[5][4:]}-{c[6]}" for c in _CASES])
+def test_layer_agrees_with_float64(libraries: tuple[Path, Path], case: int) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("triton")
+    code = "import sys; from tests.hopper.test_whole_layer_emulated import run_case; run_case(*sys.argv[1:3], int(sys.argv[3]))"
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-c", code, *map(str, libraries), str(case)]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
