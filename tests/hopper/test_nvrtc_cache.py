@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nvrtc_child
 import pytest
 from nvrtc_child import SOURCES, SlowCompiler
 
@@ -31,7 +32,7 @@ def root(tmp_path: Path) -> Path:
 @pytest.fixture
 def ask(root: Path, log: Path, monkeypatch: pytest.MonkeyPatch):
     """Asks for the kernels in this process, with a quick compiler."""
-    monkeypatch.setattr("nvrtc_child.time.sleep", lambda seconds: None)
+    monkeypatch.setattr(nvrtc_child.time, "sleep", lambda seconds: None)
 
     def ask(sources: dict[str, str] = SOURCES, identity: str = "stand-in 1.0") -> library.Images:
         compiler = SlowCompiler(log)
@@ -184,7 +185,7 @@ def test_a_process_that_never_ends_is_named(ask, root: Path, monkeypatch: pytest
 
     monkeypatch.setattr(cache, "PATIENCE", 0.1)
     folder = cache.owned_folder(root / "hopper")
-    key = cache.key_of(SOURCES, library.flags_of(SOURCES), "stand-in 1.0")
+    key = cache.key_of(SOURCES, (*library.flags_of(SOURCES), *library.NVRTC_FLAGS), "stand-in 1.0")
     with filelock.FileLock(folder / f"{key}.lock"), pytest.raises(HopperError, match=r"has held .*\.lock"):
         ask()
 

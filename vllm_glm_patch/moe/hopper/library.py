@@ -62,7 +62,8 @@ def read_sources(folder: Path = SOURCES) -> dict[str, str]:
     Raises:
         HopperError: they are not there.
     """
-    found = {file.name: file.read_text(encoding="utf-8") for file in sorted(folder.glob("*.*")) if file.is_file()}
+    files = (file for file in sorted(folder.glob("*.*")) if file.name == FLAGS or file.suffix in (".cu", ".cuh", ".h"))
+    found = {file.name: file.read_text(encoding="utf-8") for file in files}
     missing = [name for name in ("abi.h", FLAGS) if name not in found]
     if missing:
         raise HopperError(f"{folder} has no {' and no '.join(missing)}. Reinstall vllm-glm-patch from its wheel.")
