@@ -8,10 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
-KERNELS = ROOT / "csrc/hopper"
-NATIVE = Path(__file__).parent / "native"
+from emulated import KERNELS, NATIVE
 
 _FLAGS = ["-std=c++17", "-O1", "-g1", "-DGLM_HOPPER_EMULATE", f"-I{NATIVE}", "-Wno-psabi", "-Wno-unknown-pragmas"]
 _SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
@@ -20,12 +17,6 @@ _SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"
 def _compile(out: Path, *arguments: str | Path) -> Path:
     subprocess.run(["g++", *_FLAGS, *map(str, arguments), "-o", str(out)], check=True, timeout=300)
     return out
-
-
-def run_check(program: Path, kernel: str, **options: int) -> subprocess.CompletedProcess[str]:
-    """Run one kernel; the outcome, with everything it printed."""
-    words = [str(program), kernel, *(f"{key}={value}" for key, value in options.items())]
-    return subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
 
 
 @pytest.fixture(scope="session")

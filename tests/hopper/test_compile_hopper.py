@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
-from .conftest import KERNELS
+from emulated import KERNELS
 
 REGISTERS = 65536  # of a multiprocessor
 SHARED = 232448  # bytes that a block may have on compute capability 9.0

@@ -6,8 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
-
-from .conftest import run_check
+from emulated import run_check
 
 SEED = random.SystemRandom().randrange(1 << 20)
 

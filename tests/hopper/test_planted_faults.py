@@ -6,8 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-from .conftest import run_check
+from emulated import run_check
 
 _GEMM1, _GEMM2, _DECODE1, _DECODE2 = "gemm1_prefill.cu", "gemm2_prefill.cu", "gemm1_decode.cu", "gemm2_decode.cu"
 

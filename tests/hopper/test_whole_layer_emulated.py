@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from .conftest import KERNELS, NATIVE, ROOT
+from emulated import KERNELS, NATIVE, ROOT
 
 HOST = KERNELS / "host"
 
@@ -68,8 +67,13 @@ def run_case(launcher: str, driver: str, case: int) -> None:
 def test_layer_agrees_with_float64(libraries: tuple[Path, Path], case: int) -> None:
     pytest.importorskip("torch")
     pytest.importorskip("triton")
-    code = "import sys; from tests.hopper.test_whole_layer_emulated import run_case; run_case(*sys.argv[1:3], int(sys.argv[3]))"
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    code = "import sys; from test_whole_layer_emulated import run_case; run_case(*sys.argv[1:3], int(sys.argv[3]))"
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests/hopper"))),
+        "OMP_NUM_THREADS": "1",
+    }
     words = [sys.executable, "-c", code, *map(str, libraries), str(case)]
     done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]

@@ -1,0 +1,362 @@
+"""The native Hopper kernels on a card: each step against float64 with a picture of any fault, then times beside Triton's.
+
+    python benchmarks/hopper.py --build --check --out $OUT                  # a minute: every kernel, small shapes first
+    python benchmarks/hopper.py --out $OUT [--shapes TP8] [--tokens 8192,64] [--seconds 240]
+
+The work is done in a child process: one that hangs or dies is killed, reported with the case it was at, and a new one
+goes on behind it. `$OUT/hopper.jsonl` has every line as data. Times are medians of CUDA-graph replays in microseconds,
+a step's is that step alone; routing is spread. Nothing here changes which backend serves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path += [str(ROOT), str(ROOT / "tests/gpu")]
+
+PACKAGE = ROOT / "vllm_glm_patch"
+SEED = 20261125
+SHAPES = {"TP8": (192, 160), "TP4": (384, 160), "TP2": (768, 160), "TP1": (1536, 160), "EP8": (1536, 20)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer to check or to time."""
+
+    shape: str
+    tokens: int
+    gemm1: str
+    gemm2: str
+    slice: int = 256
+    slots: int = 2
+    programmatic: bool = True
+    routing: str = "spread"
+    experts: int = 0  # 0: the shape's own; fewer are made faster
+
+    @property
+    def text(self) -> str:
+        """On one line."""
+        sliced = f" slice {self.slice}×{self.slots}" if "_sum_" in self.gemm2 else "" if self.programmatic else " no PDL"
+        return f"{self.shape} M={self.tokens} {self.gemm1[4:]} {self.gemm2[4:]}{sliced} {self.routing}"
+
+
+def checks() -> list[Case]:
+    """Every kernel, at counts that leave tiles part-filled; small ones first, so that the first fault is the simplest."""
+    cases = []
+    for rows in (8, 16, 32, 64):
+        pair = (f"glm_gemm1_decode_t{rows}", f"glm_gemm2_decode_t{rows}")
+        cases += [
+            Case("TP8", 1, *pair, experts=16),
+            Case("TP8", 3 * rows, *pair, experts=16, routing="bad"),
+            Case("TP4", 3 * rows, *pair, experts=16, programmatic=False),
+        ]
+    cases += [Case("EP8", 70, "glm_gemm1_decode_t64", "glm_gemm2_decode_t64")]
+    second = ("glm_gemm2_sum_n128", "glm_gemm2_sum_n256")
+    for first in ("row_c1", "row_c2", "columns_c1", "columns_c2", "exact_c1"):
+        for gemm2 in second:
+            cases += [
+                Case("TP8", 16, f"glm_gemm1_{first}", gemm2, experts=1, routing="collapsed"),
+                Case("TP8", 700, f"glm_gemm1_{first}", gemm2, experts=16, routing="bad"),
+            ]
+    for gemm2 in second:
+        cases += [
+            Case("TP4", 333, "glm_gemm1_columns_c1", gemm2, 512, 2, experts=16),
+            Case("EP8", 500, "glm_gemm1_columns_c2", gemm2, 256, 3),
+            Case("TP8", 8191, "glm_gemm1_row_c1", gemm2, 256, 2),
+            Case("TP8", 8192, "glm_gemm1_row_c2", gemm2, 512, 3, routing="skewed"),
+        ]
+    return cases
+
+
+def timed(shape: str, tokens: int) -> list[Case]:
+    """What to time: the first case's steps are all timed, of the others only those that differ."""
+    width, _ = SHAPES[shape]
+    density = tokens * 8 / 160
+    cases = []
+    if density <= 64:
+        for rows in (8, 16, 32, 64):
+            if density / 2 <= rows <= max(8 * density, 16):
+                pair = (f"glm_gemm1_decode_t{rows}", f"glm_gemm2_decode_t{rows}")
+                cases += [Case(shape, tokens, *pair), Case(shape, tokens, *pair, programmatic=False)]
+    if density >= 16:
+        kinds = ("row_c1", "row_c2") if width == 192 else ("columns_c1", "columns_c2")
+        first = [f"glm_gemm1_{kind}" for kind in (*kinds, "exact_c1")]
+        second = [("n256", 256, 2), ("n128", 128, 2), ("n128", 128, 3), ("n128", 256, 2), ("n256", 512, 2), ("n256", 1024, 2)]
+        cases += [Case(shape, tokens, name, "glm_gemm2_sum_n256", 256, 2) for name in first]
+        cases += [Case(shape, tokens, first[0], f"glm_gemm2_sum_{name}", width_, slots) for name, width_, slots in second[1:]]
+    return cases
+
+
+def build() -> None:
+    """Compile the launcher and the cubins into the source tree."""
+    folder = ROOT / "build/hopper"
+    for command in (
+        ["cmake", "-S", ROOT / "csrc/hopper", "-B", folder, "-G", "Ninja"],
+        ["cmake", "--build", folder],
+        ["cmake", "--install", folder, "--prefix", PACKAGE],
+    ):
+        done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"{command[0]} {command[1]} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+
+
+class Worker:
+    """What the child does; torch is imported only there."""
+
+    def __init__(self) -> None:
+        import torch
+
+        from vllm_glm_patch.moe.dispatch import read_card
+        from vllm_glm_patch.moe.hopper.library import loader
+
+        self.torch = torch
+        self.native = loader().on(0)
+        self.card = read_card(0)
+        self._weights: dict[tuple[Any, ...], Any] = {}
+        self._known: dict[str, float] = {}
+        print(f"compiled by {loader().compiler(0)}, {self.card.name}, {self.card.multiprocessors} SMs", flush=True)
+
+    def stream(self) -> int:
+        """Address of the current stream."""
+        return int(self.torch.cuda.current_stream().cuda_stream)
+
+    def inputs(self, case: Case, seed: int = SEED) -> Any:
+        """The case's tensors; weights are kept from case to case."""
+        from vllm_glm_patch.moe.generators import make_inputs, make_weights
+        from vllm_glm_patch.moe.problem import Problem
+
+        width, experts = SHAPES[case.shape]
+        experts = case.experts or experts
+        whole = 160 if case.shape == "EP8" else experts
+        top_k = min(8, whole)
+        problem = Problem(case.tokens, 5120, width, experts, whole, top_k)
+        key = (width, experts)
+        if key not in self._weights:
+            self._weights.clear()
+            self._weights[key] = make_weights(problem, self.torch.Generator("cuda").manual_seed(SEED))
+        return make_inputs(problem, seed, case.routing, "cuda", self._weights[key])  # type: ignore[arg-type]
+
+    def check(self, case: Case) -> dict[str, Any]:
+        """Every step against float64, and the same bits twice."""
+        from hopper_stages import check_layer
+
+        report = check_layer(self.native, self.inputs(case), self.config(case), self.card.multiprocessors, self.stream)
+        return {"case": case.text, "wrong": report.wrong, "lines": report.lines}
+
+    def config(self, case: Case) -> Any:
+        """As the backend takes it."""
+        from vllm_glm_patch.moe.hopper.backend import HopperConfig
+
+        return HopperConfig(case.gemm1, case.gemm2, case.slice, case.slots, case.programmatic)
+
+    def passes(self, case: Case) -> tuple[list[Any], list[Any]]:
+        """(native passes, Triton's passes) on the same inputs; several where one input's weights would stay in L2."""
+        from vllm_glm_patch.moe.dispatch import choose
+        from vllm_glm_patch.moe.hopper.backend import HopperPass, workspace_bytes
+        from vllm_glm_patch.moe.pipeline import Pass, Tensors
+        from vllm_glm_patch.moe.workspace import layout
+
+        torch, native, triton = self.torch, [], []
+        for index in range(4 if case.tokens <= 64 else 1):
+            i = self.inputs(case, SEED + index)
+
+            def tensors(i: Any = i) -> Tensors:
+                out = torch.full_like(i.hidden_states, float("nan"))
+                return Tensors(*i.positional(), i.expert_map, out)
+
+            def space(size: int) -> Any:
+                return torch.full((size,), 0xFF, dtype=torch.uint8, device="cuda")
+
+            config = self.config(case)
+            room = space(workspace_bytes(i.problem, config, self.native))
+            count = self.card.multiprocessors
+            native.append((HopperPass(self.native, i.problem, config, one := tensors(), room, count, self.stream), one, room))
+            theirs = choose(i.problem, self.card)
+            room = space(layout(i.problem, theirs).total)
+            triton.append((Pass(i.problem, theirs, other := tensors(), room, count), other, room))
+        return native, triton
+
+    def time(self, case: Case) -> dict[str, Any]:
+        """Microseconds of each step and of the layer, ours and Triton's. A step timed before is not timed again."""
+        from vllm_glm_patch.moe.reference import relative_error
+        from vllm_glm_patch.moe.timing import median_us
+
+        native, triton = self.passes(case)
+        found: dict[str, Any] = {"case": case.text}
+        for (ours, one, _), (theirs, other, _) in zip(native, triton):
+            ours.run()
+            theirs.run()
+            found["against Triton"] = relative_error(one.out, other.out.double())
+        for who, passes in (("native", native), ("triton", triton)):
+            for index, (name, _) in enumerate(passes[0][0].steps()):
+                what = {"gemm1": case.gemm1, "gemm2": f"{case.gemm2} {case.slice} {case.slots}"}.get(name, name)
+                key = f"{case.shape} {case.tokens} {who} {name} {what if who == 'native' else ''}"
+                if key not in self._known:
+                    self._known[key] = median_us([p.steps()[index][1] for p, _, _ in passes])
+                found[f"{who} {name}"] = round(self._known[key], 1)
+            key = f"{case.shape} {case.tokens} triton layer"
+            if who == "native" or key not in self._known:
+                self._known[key if who == "triton" else ""] = median_us([p.run for p, _, _ in passes])
+            found[f"{who} layer"] = round(self._known[key if who == "triton" else ""], 1)
+        return found
+
+
+def work(what: str) -> None:
+    """The child: cases come as JSON lines, results go as JSON lines."""
+    worker = Worker()
+    print(json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        case = Case(**json.loads(line))
+        try:
+            result = worker.check(case) if what == "check" else worker.time(case)
+        except Exception as error:
+            print(json.dumps({"case": case.text, "error": f"{type(error).__name__}: {error}"}), flush=True)
+            raise
+        print(json.dumps(result), flush=True)
+
+
+class Child:
+    """A child process whose answers are waited for with a limit."""
+
+    def __init__(self, words: list[str], log: Path) -> None:
+        self._log = log.open("a")
+        self._process = subprocess.Popen(
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, bufsize=1
+        )
+        self._lines: queue.Queue[str | None] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._lines.put(line)
+        self._lines.put(None)
+
+    def answer(self, limit: float) -> dict[str, Any]:
+        """The next line of data; {"error"} if the child died or took longer than `limit` seconds."""
+        end = time.monotonic() + limit
+        while True:
+            try:
+                line = self._lines.get(timeout=max(end - time.monotonic(), 0.01))
+            except queue.Empty:
+                self.end()
+                return {"error": f"HANGS: no answer within {limit:.0f} s"}
+            if line is None:
+                return {"error": f"DIED: exit status {self._process.wait()}"}
+            if line.startswith("{"):
+                made: dict[str, Any] = json.loads(line)
+                return made
+            print(f"      {line.rstrip()}", flush=True)
+
+    def ask(self, case: Case, limit: float) -> dict[str, Any]:
+        """Run a case."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(dataclasses.asdict(case)) + "\n")
+            self._process.stdin.flush()
+        except OSError:
+            return {"error": f"DIED: exit status {self._process.wait()}"}
+        return self.answer(limit)
+
+    def end(self) -> None:
+        """Kill it; a kernel that hangs goes with its process."""
+        self._process.kill()
+        self._process.wait()
+
+
+def run_cases(
+    words: list[str], cases: list[Case], log: Path, end: float, limit: float = 40.0
+) -> Iterator[tuple[Case, dict[str, Any]]]:
+    """Results in order; a new child, started by `words`, after each one that hung or died. Stops asking at `end`."""
+    child: Child | None = None
+    for case in cases:
+        if time.monotonic() > end:
+            yield case, {"error": "no time left"}
+            continue
+        if child is None:
+            child = Child(words, log)
+            ready = child.answer(120.0)
+            if "error" in ready:
+                text = log.read_text()[-1500:]
+                raise SystemExit(f"the child does not start: {ready['error']}\n{text}")
+        result = child.ask(case, limit)
+        if "error" in result:
+            child.end()
+            child = None
+        yield case, result
+    if child is not None:
+        child.end()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--build", action="store_true")
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--only", default="", help="cases whose text has this")
+    parser.add_argument("--shapes", default="TP8")
+    parser.add_argument("--tokens", default="8192,1024,64,8,1")
+    parser.add_argument("--seconds", type=float, default=240.0)
+    parser.add_argument("--work", choices=("check", "time"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.work:
+        work(options.work)
+        return 0
+    if options.out is None:
+        parser.error("--out is needed: a folder for hopper.jsonl and the children's log")
+    start = time.monotonic()
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.build:
+        build()
+        print(f"built in {time.monotonic() - start:.0f} s", flush=True)
+    cases = checks()
+    if not options.check:
+        counts = list(map(int, options.tokens.split(",")))
+        cases = [case for shape in options.shapes.split(",") for tokens in counts for case in timed(shape, tokens)]
+    cases = [case for case in cases if options.only in case.text]
+    data = (options.out / "hopper.jsonl").open("a")
+    bad = 0
+    summary = []
+    words = [sys.executable, __file__, "--work", "check" if options.check else "time"]
+    for case, result in run_cases(words, cases, options.out / "child.log", start + options.seconds):
+        data.write(json.dumps({**dataclasses.asdict(case), **result}) + "\n")
+        data.flush()
+        if "error" in result:
+            bad += 1
+            summary.append(f"{case.text}: {result['error'][:300]}")
+            print(summary[-1], flush=True)
+        elif options.check:
+            if result["wrong"]:
+                bad += 1
+                summary.append(f"{case.text}: {result['wrong']} wrong")
+                # Whole pictures of the first faults only: the end of the output is what one sees.
+                print("\n".join([case.text, *(result["lines"] if bad <= 6 else result["lines"][:3])]), flush=True)
+            else:
+                print(f"ok {case.text}: {result['lines'][-1].strip()}", flush=True)
+        else:
+            steps = {key: value for key, value in result.items() if key != "case"}
+            ratio = steps["triton layer"] / steps["native layer"]
+            parts = ", ".join(f"{key} {value:.4g}" for key, value in steps.items())
+            summary.append(f"{case.text}: {steps['native layer']:.1f} us, Triton / native {ratio:.2f}")
+            print(f"{case.text}\n      {parts}", flush=True)
+    print(f"\n{len(cases)} cases, {bad} bad, {time.monotonic() - start:.0f} s")
+    print("\n".join(summary[-40:]))
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    raise SystemExit(main())

@@ -1,0 +1,110 @@
+"""The native Hopper kernels on a card: each step against float64 from poisoned buffers, repeatable, captured in graphs.
+
+Needs libglm_hopper.so and the cubins in the package (`python benchmarks/hopper.py --build …`, or the wheel). For a picture
+of a fault, and for kernels that hang, run `benchmarks/hopper.py --check` first: a hang here stops the whole run.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+pytestmark = pytest.mark.gpu
+
+SEED = random.SystemRandom().randrange(1 << 31)
+
+_CASES = [
+    # tokens, intermediate size, experts here and in all, GEMM1, GEMM2, slice, slots, routing
+    (1, 192, 160, 160, "decode_t8", "decode_t8", 0, 0, "spread"),
+    (64, 192, 160, 160, "decode_t8", "decode_t8", 0, 0, "bad"),
+    (200, 384, 40, 40, "decode_t16", "decode_t16", 0, 0, "skewed"),
+    (300, 768, 16, 16, "decode_t32", "decode_t32", 0, 0, "none"),
+    (500, 1536, 20, 160, "decode_t64", "decode_t64", 0, 0, "spread"),
+    (1024, 192, 160, 160, "row_c1", "sum_n128", 128, 2, "spread"),
+    (8191, 192, 160, 160, "row_c1", "sum_n256", 256, 2, "spread"),
+    (8192, 192, 160, 160, "row_c2", "sum_n128", 256, 3, "bad"),
+    (3000, 192, 160, 160, "row_c2", "sum_n256", 512, 2, "collapsed"),
+    (4096, 384, 40, 40, "columns_c1", "sum_n256", 256, 2, "skewed"),
+    (2048, 1536, 20, 160, "columns_c2", "sum_n128", 256, 2, "spread"),
+    (513, 768, 16, 16, "exact_c1", "sum_n256", 512, 2, "spread"),
+    (100, 192, 16, 16, "row_c1", "sum_n128", 128, 2, "none"),
+]
+
+
+def _ids(case: tuple[Any, ...]) -> str:
+    return f"{case[0]}-N{case[1]}-{case[4]}-{case[5]}-{case[8]}"
+
+
+@pytest.fixture(scope="module")
+def native() -> Any:
+    """The launcher with all kernels loaded on device 0."""
+    from vllm_glm_patch.moe.hopper.errors import HopperError
+    from vllm_glm_patch.moe.hopper.library import loader
+
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the native kernels are for compute capability 9.0")
+    try:
+        return loader().on(0)
+    except HopperError as error:
+        pytest.fail(f"the native kernels do not load: {error}")
+
+
+def _stream() -> int:
+    return int(torch.cuda.current_stream().cuda_stream)
+
+
+def _layer(native: Any, case: tuple[Any, ...]) -> tuple[Any, Any, int]:
+    """(inputs, configuration, multiprocessors)."""
+    from vllm_glm_patch.moe.generators import make_inputs
+    from vllm_glm_patch.moe.hopper.backend import HopperConfig
+    from vllm_glm_patch.moe.problem import Problem
+
+    print(f"SEED={SEED}")
+    tokens, width, experts, global_experts, gemm1, gemm2, slice_width, slots, routing = case
+    inputs = make_inputs(Problem(tokens, 5120, width, experts, global_experts), SEED, routing, "cuda")
+    config = HopperConfig(f"glm_gemm1_{gemm1}", f"glm_gemm2_{gemm2}", slice_width or 256, slots or 2)
+    return inputs, config, torch.cuda.get_device_properties(0).multi_processor_count
+
+
+@pytest.mark.parametrize("case", _CASES, ids=_ids)
+def test_every_step_agrees_with_float64(native: Any, case: tuple[Any, ...]) -> None:
+    from hopper_stages import check_layer
+
+    report = check_layer(native, *_layer(native, case), _stream)
+    assert report.wrong == 0, "\n".join(report.lines)
+
+
+@pytest.mark.parametrize("case", [case for case in _CASES if case[0] >= 64], ids=_ids)
+def test_repeats_to_the_bit_in_a_graph_and_with_fewer_blocks(native: Any, case: tuple[Any, ...]) -> None:
+    """However few blocks there are, whoever does an item, launched or replayed: the same bits."""
+    from vllm_glm_patch.moe.hopper.backend import HopperPass, workspace_bytes
+    from vllm_glm_patch.moe.pipeline import Tensors
+
+    inputs, config, multiprocessors = _layer(native, case)
+    outputs = []
+    for count in (multiprocessors, multiprocessors, 37):
+        out = torch.full_like(inputs.hidden_states, float("nan"))
+        tensors = Tensors(*inputs.positional(), inputs.expert_map, out)
+        room = torch.full((workspace_bytes(inputs.problem, config, native),), 0xFF, dtype=torch.uint8, device="cuda")
+        layer = HopperPass(native, inputs.problem, config, tensors, room, count, _stream)
+        if len(outputs) == 1:
+            layer.run()
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                layer.run()
+            out.fill_(float("nan"))
+            for _ in range(3):
+                graph.replay()
+        else:
+            layer.run()
+        torch.cuda.synchronize()
+        outputs.append(out)
+    assert torch.isfinite(outputs[0]).all()
+    assert torch.equal(outputs[0].view(torch.int16), outputs[1].view(torch.int16))
+    assert torch.equal(outputs[0].view(torch.int16), outputs[2].view(torch.int16))

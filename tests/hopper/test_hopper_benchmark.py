@@ -1,0 +1,60 @@
+"""benchmarks/hopper.py without a card: its cases name kernels that exist, and a child that hangs or dies costs one case."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from emulated import KERNELS, ROOT
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("hopper_benchmark", ROOT / "benchmarks/hopper.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_cases_name_every_kernel_and_none_other(benchmark: ModuleType) -> None:
+    names = set(re.findall(r'\{"(glm_\w+)"', (KERNELS / "abi.h").read_text()))
+    checked = benchmark.checks()
+    named = {case.gemm1 for case in checked} | {case.gemm2 for case in checked}
+    assert named | {"glm_topk_sum"} == names
+    for shape in benchmark.SHAPES:
+        for tokens in (1, 8, 64, 1024, 8192):
+            timed = benchmark.timed(shape, tokens)
+            assert timed
+            assert {case.gemm1 for case in timed} | {case.gemm2 for case in timed} <= names
+
+
+_CHILD = """
+import json, sys, time
+print(json.dumps({"ready": True}), flush=True)
+for line in sys.stdin:
+    tokens = json.loads(line)["tokens"]
+    if tokens == 2:
+        sys.exit(7)
+    if tokens == 3:
+        time.sleep(60)
+    print("a word on the way", flush=True)
+    print(json.dumps({"case": "x", "tokens": tokens}), flush=True)
+"""
+
+
+def test_a_child_that_dies_or_hangs_costs_one_case(benchmark: ModuleType, tmp_path: Path) -> None:
+    cases = [benchmark.Case("TP8", tokens, "glm_gemm1_row_c1", "glm_gemm2_sum_n128") for tokens in (1, 2, 3, 4)]
+    start = time.monotonic()
+    results = list(benchmark.run_cases([sys.executable, "-c", _CHILD], cases, tmp_path / "log", start + 50, limit=2.0))
+    assert [result.get("tokens") for _, result in results] == [1, None, None, 4]
+    assert "DIED" in results[1][1]["error"] and "7" in results[1][1]["error"]
+    assert "HANGS" in results[2][1]["error"]
+    late = list(benchmark.run_cases([sys.executable, "-c", _CHILD], cases[:1], tmp_path / "log", time.monotonic() - 1))
+    assert late[0][1] == {"error": "no time left"}
