@@ -11,6 +11,7 @@ from .errors import UserError
 
 PREFIX = "VLLM_GLM_PATCH"
 CONFIG_KEY = "glm_patch"
+CACHE = f"{PREFIX}_CACHE"  # no setting: moe/hopper/cache.py reads it, where it is needed
 SHAPE_POLICIES = ("auto", "captured", "guarded", "off")
 _TRUE = ("1", "true", "yes", "on")
 _FALSE = ("0", "false", "no", "off", "")
@@ -46,7 +47,7 @@ class Settings:
         environ = os.environ if environ is None else environ
         known = {f.metadata["env"] for f in fields(cls)}
         for name in environ:
-            if name.startswith(PREFIX) and name not in known and not name.startswith(f"{PREFIX}_FENCE"):
+            if name.startswith(PREFIX) and name not in {*known, CACHE} and not name.startswith(f"{PREFIX}_FENCE"):
                 raise UserError(f"The variable {name} is not known; known are {', '.join(sorted(known))}.")
         given = {f.name: environ[f.metadata["env"]] for f in fields(cls) if f.metadata["env"] in environ}
         return cls().with_values(given, {f.name: f.metadata["env"] for f in fields(cls)})

@@ -6,6 +6,7 @@ import ctypes as C
 import functools
 import re
 import shutil
+import struct
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,3 +183,29 @@ def nvcc() -> str:
     if found is None:
         pytest.skip("no nvcc")
     return found
+
+
+def cubin_arguments(cubin: bytes) -> dict[str, list[int]]:
+    """Bytes of each argument of every kernel in a cubin, from its .nv.info.* sections (EIATTR_KPARAM_INFO)."""
+    table_at, (count, names_at) = int.from_bytes(cubin[40:48], "little"), struct.unpack_from("<HH", cubin, 60)
+    heads = [struct.unpack_from("<IIQQQQ", cubin, table_at + 64 * index) for index in range(count)]
+    found = {}
+    for head in heads:
+        begin = heads[names_at][4] + head[0]
+        name = cubin[begin : cubin.index(b"\0", begin)].decode()
+        if name.startswith(".nv.info."):
+            found[name.removeprefix(".nv.info.")] = _argument_sizes(cubin[head[4] : head[4] + head[5]])
+    return found
+
+
+def _argument_sizes(info: bytes) -> list[int]:
+    sizes, at = {}, 0
+    while at < len(info):
+        form, attribute, size = struct.unpack_from("<BBH", info, at)
+        at += 4
+        if form == 4:  # the others have their value in `size`
+            if attribute == 0x17:
+                _, ordinal, _, packed = struct.unpack_from("<IHHI", info, at)
+                sizes[ordinal] = packed >> 18
+            at += size
+    return [sizes[ordinal] for ordinal in sorted(sizes)]

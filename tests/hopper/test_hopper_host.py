@@ -24,6 +24,7 @@ from vllm_glm_patch.moe.hopper.errors import HopperError
 from vllm_glm_patch.moe.hopper.native import Layer, Native, numbers
 
 HIDDEN, WIDTH, EXPERTS, TOP_K, TOKENS = 5120, 192, 160, 8, 300
+INVALID = "CUDA_ERROR_INVALID_VALUE (1): invalid argument"
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +231,13 @@ def test_a_map_that_the_driver_refuses_is_not_kept_and_is_described(native: Nati
         run(native, "glm_gemm2_decode_t8", mock)
     text = str(refused.value)
     assert refused.value.code == 1
-    for part in ("glm_gemm2_decode_t8", "cuda:0", "w2_rows", "dims {192, 5120, 160}", "CUDA_ERROR_INVALID_VALUE (1): invalid argument"):
+    for part in (
+        "glm_gemm2_decode_t8",
+        "cuda:0",
+        "w2_rows",
+        "dims {192, 5120, 160}",
+        "CUDA_ERROR_INVALID_VALUE (1): invalid argument",
+    ):
         assert part in text
     mock.fail("cuTensorMapEncodeTiled", 0)
     assert run(native, "glm_gemm2_decode_t8", mock).tensor_map(0)["dims"] == [WIDTH, HIDDEN, EXPERTS]
@@ -242,9 +249,23 @@ def test_a_refused_launch_says_the_drivers_words_the_kernel_the_shape_and_what_t
         run(native, "glm_gemm1_row_c2", mock)
     text = str(refused.value)
     assert refused.value.code == 1
-    for part in ("glm_gemm1_row_c2", "cuda:0", "CUDA_ERROR_INVALID_VALUE (1): invalid argument", "300 tokens", "hidden_size 5120"):
+    for part in (
+        "glm_gemm1_row_c2",
+        "cuda:0",
+        "CUDA_ERROR_INVALID_VALUE (1): invalid argument",
+        "300 tokens",
+        "hidden_size 5120",
+    ):
         assert part in text
-    for part in ("intermediate_size 192", "160 experts", "top_k 8", "132 × 384", "clusters of 2", "201728 bytes", "report this text"):
+    for part in (
+        "intermediate_size 192",
+        "160 experts",
+        "top_k 8",
+        "132 × 384",
+        "clusters of 2",
+        "201728 bytes",
+        "report this text",
+    ):
         assert part in text
 
 
@@ -299,7 +320,9 @@ def test_more_shared_memory_than_the_device_has_is_refused(opened: Native, mock:
 
 
 def test_an_image_that_the_driver_refuses_has_the_drivers_code(opened: Native) -> None:
-    with pytest.raises(HopperError, match=r"topk_sum.cu cannot be loaded on cuda:0: CUDA_ERROR_NO_BINARY_FOR_GPU \(209\)") as refused:
+    with pytest.raises(
+        HopperError, match=r"topk_sum.cu cannot be loaded on cuda:0: CUDA_ERROR_NO_BINARY_FOR_GPU \(209\)"
+    ) as refused:
         opened.load(0, "topk_sum.cu", b"refuse 209\n")
     assert refused.value.code == 209
     opened.load(0, "topk_sum.cu", mock_image("topk_sum.cu"))  # and another may follow

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nvrtc_child
 import pytest
 from nvrtc_child import SOURCES, SlowCompiler
 
@@ -31,7 +32,7 @@ def root(tmp_path: Path) -> Path:
 @pytest.fixture
 def ask(root: Path, log: Path, monkeypatch: pytest.MonkeyPatch):
     """Asks for the kernels in this process, with a quick compiler."""
-    monkeypatch.setattr("nvrtc_child.time.sleep", lambda seconds: None)
+    monkeypatch.setattr(nvrtc_child.time, "sleep", lambda seconds: None)
 
     def ask(sources: dict[str, str] = SOURCES, identity: str = "stand-in 1.0") -> library.Images:
         compiler = SlowCompiler(log)
@@ -77,7 +78,7 @@ def test_a_process_that_dies_while_compiling_leaves_nothing_in_the_way(root: Pat
     assert dying.returncode == 9
     assert compilations(log)
     second = start(root, log, tmp_path / "go")
-    out, error = second.communicate(timeout=60)
+    _, error = second.communicate(timeout=60)
     assert second.returncode == 0, error
     assert len(entries(root)) == 1
 
@@ -149,7 +150,7 @@ def test_a_folder_that_others_may_write_is_refused(mode: int, ask, root: Path, l
 def test_a_folder_whose_parent_others_may_write_is_refused(ask, root: Path) -> None:
     root.mkdir()
     root.chmod(0o777)
-    with pytest.raises(HopperError, match="is refused: .*/cache has mode 0777"):
+    with pytest.raises(HopperError, match=r"is refused: .*/cache has mode 0777"):
         ask()
     root.chmod(0o1777)  # like /tmp: others cannot put another folder in its place
     ask()
@@ -184,7 +185,7 @@ def test_a_process_that_never_ends_is_named(ask, root: Path, monkeypatch: pytest
 
     monkeypatch.setattr(cache, "PATIENCE", 0.1)
     folder = cache.owned_folder(root / "hopper")
-    key = cache.key_of(SOURCES, library.flags_of(SOURCES), "stand-in 1.0")
+    key = cache.key_of(SOURCES, (*library.flags_of(SOURCES), *library.NVRTC_FLAGS), "stand-in 1.0")
     with filelock.FileLock(folder / f"{key}.lock"), pytest.raises(HopperError, match=r"has held .*\.lock"):
         ask()
 

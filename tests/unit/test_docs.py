@@ -14,7 +14,7 @@ import typer
 from vllm_glm_patch import Settings, catalog
 from vllm_glm_patch.cli import app
 from vllm_glm_patch.fence.options import PREFIX as FENCE
-from vllm_glm_patch.settings import SHAPE_POLICIES, names
+from vllm_glm_patch.settings import CACHE, SHAPE_POLICIES, names
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -62,8 +62,9 @@ def unknown_commands(text: str) -> set[str]:
 
 
 def unknown_variables(text: str) -> set[str]:
-    """Variables of ours that the text names and that neither a setting has nor the fence."""
-    return {name for name in _VARIABLE.findall(text) if name not in VARIABLES and not name.startswith(FENCE)}
+    """Variables of ours that the text names and that no setting has, nor the fence, nor the cache."""
+    known = {*VARIABLES, CACHE}
+    return {name for name in _VARIABLE.findall(text) if name not in known and not name.startswith(FENCE)}
 
 
 @pytest.mark.parametrize("wanted", [names(), VARIABLES, SHAPE_POLICIES], ids=["keys", "variables", "policies"])

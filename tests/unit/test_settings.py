@@ -75,6 +75,7 @@ def test_a_misspelt_variable_is_named_and_those_of_the_fence_are_not_ours() -> N
     with pytest.raises(UserError, match=r"VLLM_GLM_PATCH_SHAPE_POLCY is not known; known are VLLM_GLM_PATCH, "):
         Settings.from_environment({"VLLM_GLM_PATCH_SHAPE_POLCY": "off"})
     assert Settings.from_environment({"VLLM_GLM_PATCH_FENCE": "1", "VLLM_GLM_PATCH_FENCE_ALIGN": "512"}) == Settings()
+    assert Settings.from_environment({"VLLM_GLM_PATCH_CACHE": "/somewhere"}) == Settings()
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ void check_sizes(const Kernel& kernel, const GlmHopperLayer& layer, Reason& reas
                 slice + " must be a multiple of " + std::to_string(kernel.tile_columns) + " and divide hidden_size");
   reason.unless(layer.slots >= (layer.hidden_size > layer.slice ? 2 : 1),
                 "slots is " + std::to_string(layer.slots) + "; two or more are needed where there are several slices");
-  reason.unless(layer.slice <= 0 || 2 + 2 * (layer.hidden_size / layer.slice) <= kCounters,
+  reason.unless(layer.slice <= 0 || 3 + 2 * (layer.hidden_size / layer.slice) <= kCounters,
                 slice + " needs more counters than routing.py keeps; choose a wider one");
 }
 

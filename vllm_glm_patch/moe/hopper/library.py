@@ -25,6 +25,9 @@ FLAGS = "flags.txt"
 # PTX of a later version, JIT switched off, invalid source, unsupported. Every other is no fault of the cubin.
 REFUSALS = frozenset({200, 209, 218, 221, 222, 223, 300, 801})
 
+# abi.h has functions for the host too, which NVRTC does not know unless all are the device's.
+NVRTC_FLAGS = ("--device-as-default-execution-space",)
+
 _log = logging.getLogger("vllm_glm_patch")
 
 
@@ -59,7 +62,8 @@ def read_sources(folder: Path = SOURCES) -> dict[str, str]:
     Raises:
         HopperError: they are not there.
     """
-    found = {file.name: file.read_text(encoding="utf-8") for file in sorted(folder.glob("*.*")) if file.is_file()}
+    files = (file for file in sorted(folder.glob("*.*")) if file.name == FLAGS or file.suffix in (".cu", ".cuh", ".h"))
+    found = {file.name: file.read_text(encoding="utf-8") for file in files}
     missing = [name for name in ("abi.h", FLAGS) if name not in found]
     if missing:
         raise HopperError(f"{folder} has no {' and no '.join(missing)}. Reinstall vllm-glm-patch from its wheel.")
@@ -78,7 +82,7 @@ def compiled(nvrtc: Nvrtc, sources: Mapping[str, str], root: Path) -> Images:
     Raises:
         HopperError: the cache is not safe or not writable, or the compiler refuses a source.
     """
-    options = flags_of(sources)
+    options = (*flags_of(sources), *NVRTC_FLAGS)
     key = cache.key_of(sources, options, nvrtc.identity)
     folder = cache.owned_folder(root / "hopper")
     abi = abi_of(sources)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes as C
 import importlib.util
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 from .errors import HopperError
 
 # What torch's distributions call NVRTC's folder, under site-packages/nvidia: CUDA 12's packages, then CUDA 13's and later.
-_PACKAGES = ("cuda_nvrtc", "cu*")
+_PACKAGES = ("cuda_nvrtc", "cu[0-9]*")
 
 
 class Nvrtc:
@@ -22,6 +23,10 @@ class Nvrtc:
     """
 
     def __init__(self, path: str) -> None:
+        # NVRTC opens its builtins by name when it compiles, and finds them in its own folder only if they are loaded already.
+        for builtins in sorted(Path(path).parent.glob("libnvrtc-builtins*.so*")) if Path(path).is_file() else ():
+            with contextlib.suppress(OSError):
+                C.CDLL(str(builtins), mode=C.RTLD_GLOBAL)
         try:
             self._library = C.CDLL(path)
         except OSError as error:

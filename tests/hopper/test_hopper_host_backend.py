@@ -1,0 +1,245 @@
+"""The backend in Python: its configurations, the shared prologue, and what it hands to the launcher, over the mock driver."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hopper_host import HOST_SOURCES, LIBRARY_FLAGS, NATIVE, Mock, compile_cpp, mock_image
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+from vllm_glm_patch.moe.hopper import library  # noqa: E402
+from vllm_glm_patch.moe.hopper.errors import HopperError  # noqa: E402
+from vllm_glm_patch.moe.hopper.native import Native  # noqa: E402
+from vllm_glm_patch.moe.problem import Problem  # noqa: E402
+
+TP8 = Problem(8, hidden_size=256, intermediate_size=192, experts=16, global_experts=16, top_k=4)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    where = tmp_path_factory.mktemp("hopper-build")
+    return (
+        compile_cpp(where / "libglm_hopper.so", HOST_SOURCES, *LIBRARY_FLAGS),
+        compile_cpp(where / "libcuda_mock.so", [NATIVE / "mock_driver.cpp"], "-O1", "-fPIC", "-shared"),
+    )
+
+
+@pytest.fixture
+def mock(built: tuple[Path, Path]) -> Mock:
+    mock = Mock(built[1])
+    mock.native.mock_reset()
+    return mock
+
+
+@pytest.fixture
+def native(built: tuple[Path, Path], mock: Mock) -> Iterator[Native]:
+    native = Native(built[0])
+    yield native
+    native.close()
+    assert mock.violations() == ""
+    assert mock.native.mock_leaks() == 0
+
+
+def images(native: Native, refuse: int = 0, **changes: int) -> library.Images:
+    files = {source: f"refuse {refuse}\n".encode() if refuse else mock_image(source) for source in native.sources}
+    return dataclasses.replace(library.Images(files, "nvcc 99", native.abi_version), **changes)
+
+
+def hopper_pass(native: Native, mock: Mock, config, problem: Problem = TP8):
+    """A pass over real CPU tensors, its kernels loaded; returns (pass, tensors, workspace)."""
+    from vllm_glm_patch.moe.generators import make_inputs
+    from vllm_glm_patch.moe.hopper.backend import HopperPass, workspace_bytes
+    from vllm_glm_patch.moe.pipeline import Tensors
+
+    inputs = make_inputs(problem, 7, "spread", "cpu")
+    hidden, w13, w2, w13_scale, w2_scale, weights, ids = inputs.positional()
+    scales = w13_scale.reshape(problem.experts, -1), w2_scale.reshape(problem.experts, -1)
+    tensors = Tensors(hidden, w13, w2, *scales, weights, ids, None, torch.empty_like(hidden))
+    workspace = torch.zeros(workspace_bytes(problem, config, native), dtype=torch.uint8)
+    library.Loader(native, images(native), lambda: pytest.fail("nothing is to be compiled"), mock.path).on(0)
+    return HopperPass(native, problem, config, tensors, workspace, 132, lambda: 0x55), tensors, workspace
+
+
+def config(gemm1: str, gemm2: str, **more: object):
+    from vllm_glm_patch.moe.hopper.backend import HopperConfig
+
+    return HopperConfig(gemm1, gemm2, **more)  # type: ignore[arg-type]
+
+
+PREFILL_ROW = ("glm_gemm1_row_c2", "glm_gemm2_sum_n128")
+PREFILL_COLUMNS = ("glm_gemm1_columns_c1", "glm_gemm2_sum_n256")
+DECODE = ("glm_gemm1_decode_t8", "glm_gemm2_decode_t8")
+
+
+@pytest.mark.parametrize(
+    ("names", "launched"),
+    [(PREFILL_ROW, PREFILL_ROW), (PREFILL_COLUMNS, PREFILL_COLUMNS), (DECODE, (*DECODE, "glm_topk_sum"))],
+)
+def test_each_path_launches_its_kernels_in_order(names, launched, native: Native, mock: Mock) -> None:
+    one, _, _ = hopper_pass(native, mock, config(*names, slice=256))
+    one.run()
+    launches = mock.launches()
+    assert tuple(launch.kernel for launch in launches) == launched
+    assert {launch.stream for launch in launches} == {0x55}
+    for _, step in one.steps():
+        step()
+    assert tuple(launch.kernel for launch in mock.launches()) == launched
+
+
+def test_kernels_get_the_workspace_that_the_prologue_filled(native: Native, mock: Mock) -> None:
+    """GEMM1's tiles are in its own tile_rows, GEMM2's in its; both from one routing, at the addresses that are handed on."""
+    one, tensors, workspace = hopper_pass(native, mock, config(*DECODE))
+    one.run()
+    gemm1, gemm2, total = mock.launches()
+
+    def ints(address: int, count: int):
+        first = (address - workspace.data_ptr()) // 4
+        return workspace.view(torch.int32)[first : first + count]
+
+    pairs = TP8.pairs
+    rows, tiles, counts, max_tiles = gemm1.pointer(5), gemm1.pointer(6), gemm1.pointer(7), gemm1.number(8)
+    ids = tensors.topk_ids.flatten().tolist()
+    assert ints(rows, pairs).tolist() == sorted(range(pairs), key=lambda pair: (ids[pair], pair))
+    assert ints(counts, 1).item() == pairs
+    expected = [-(-ids.count(expert) // 8) for expert in range(16)]
+    assert ints(counts, 3).tolist()[1:] == [sum(expected)] * 2
+    assert ints(tiles, sum(expected)).tolist() == [expert for expert, count in enumerate(expected) for _ in range(count)]
+    assert gemm2.pointer(6) == tiles + 12 * max_tiles
+    assert gemm2.pointer(1) == gemm1.pointer(4), "GEMM2 reads what GEMM1 wrote"
+    assert total.pointer(0) == gemm2.pointer(4)
+    assert total.pointer(2) == tensors.out.data_ptr()
+    assert gemm1.tensor_map(0)["base"] == tensors.w13.data_ptr()
+    assert gemm2.tensor_map(0)["strides"] == [192, tensors.w2.stride(0)]
+
+
+def test_tile_lists_have_each_kernels_rows(native: Native, mock: Mock) -> None:
+    one, tensors, workspace = hopper_pass(native, mock, config(*PREFILL_ROW, slice=256), dataclasses.replace(TP8, tokens=200))
+    one.run()
+    gemm1, gemm2 = mock.launches()
+    rows = gemm1.pointer(7), gemm2.pointer(9), gemm1.number(9)
+    heights = []
+    for address in rows[:2]:
+        first = (address - workspace.data_ptr()) // 4 + 2 * rows[2]
+        heights.append(workspace.view(torch.int32)[first : first + rows[2]].max().item())
+    most = tensors.topk_ids.flatten().bincount().max().item()
+    assert heights == [min(most, 256), min(most, 128)]
+
+
+def test_the_default_rules_fit_the_sizes_they_are_for(native: Native) -> None:
+    from vllm_glm_patch.moe.hopper.backend import default_config, triton_config
+
+    names = {}
+    for tokens in (1, 64, 128, 256, 1024, 8192):
+        chosen = default_config(Problem(tokens))
+        assert triton_config(chosen, native)
+        names[tokens] = chosen.gemm1
+    assert names == {
+        1: "glm_gemm1_decode_t8",
+        64: "glm_gemm1_decode_t8",
+        128: "glm_gemm1_decode_t16",
+        256: "glm_gemm1_decode_t32",
+        1024: "glm_gemm1_decode_t64",
+        8192: "glm_gemm1_row_c1",
+    }
+    assert default_config(Problem(8192, intermediate_size=1536)).gemm1 == "glm_gemm1_columns_c1"
+    assert default_config(Problem(1, intermediate_size=3072)).gemm1 == "glm_gemm1_columns_c1"
+
+
+def test_kernels_that_do_not_go_together_are_refused(native: Native) -> None:
+    from vllm_glm_patch.moe.hopper.backend import triton_config
+
+    with pytest.raises(HopperError, match="do not go together"):
+        triton_config(config("glm_gemm1_row_c1", "glm_gemm2_decode_t8"), native)
+    with pytest.raises(HopperError, match="There is no kernel glm_gemm1_row_c9; there are glm_gemm1_row_c1, "):
+        triton_config(config("glm_gemm1_row_c9", "glm_gemm2_sum_n128"), native)
+
+
+def test_it_says_why_it_cannot_serve() -> None:
+    from vllm_glm_patch.moe.hopper.backend import supports, why_not
+
+    assert why_not(Problem(1, hidden_size=5000), "cuda:0") == "hidden_size 5000 is not a multiple of 256"
+    assert why_not(Problem(1, intermediate_size=96), "cuda:0") == "intermediate_size 96 is not a multiple of 192"
+    assert why_not(Problem(1), "cpu") == "cpu is not a CUDA device"
+    assert not supports(Problem(1), "cpu")
+
+
+@pytest.mark.parametrize("code", sorted(library.REFUSALS))
+def test_cubins_that_the_driver_refuses_are_compiled_here_once(code: int, native: Native, mock: Mock, caplog) -> None:
+    made = []
+
+    def compile_here() -> library.Images:
+        made.append(1)
+        return images(native, compiler="nvrtc 12.6")  # type: ignore[arg-type]
+
+    loader = library.Loader(native, images(native, refuse=code), compile_here, mock.path)
+    assert loader.compiler(0) == "nvrtc 12.6"
+    assert loader.on(0) is native
+    assert made == [1]
+    assert f"({code})" in caplog.text
+
+
+def test_a_wheel_without_cubins_has_them_compiled(native: Native, mock: Mock) -> None:
+    assert library.Loader(native, None, lambda: images(native), mock.path).compiler(1) == "nvcc 99"
+
+
+def test_a_full_device_is_no_reason_to_compile(native: Native, mock: Mock) -> None:
+    loader = library.Loader(native, images(native, refuse=2), lambda: pytest.fail("compiled"), mock.path)
+    with pytest.raises(HopperError, match=r"\(2\)"):
+        loader.on(0)
+
+
+def test_a_failure_is_kept_and_has_both_reasons(native: Native, mock: Mock) -> None:
+    made = []
+
+    def compile_here() -> library.Images:
+        made.append(1)
+        raise HopperError("No NVRTC here.")
+
+    loader = library.Loader(native, images(native, refuse=209), compile_here, mock.path)
+    for _ in range(2):
+        with pytest.raises(HopperError, match=r"No NVRTC here\..*\(The wheel's own cubins: .*NO_BINARY_FOR_GPU"):
+            loader.on(0)
+    assert made == [1]
+
+
+def test_cubins_of_another_abi_or_incomplete_are_refused(native: Native, mock: Mock) -> None:
+    with pytest.raises(HopperError, match=r"nvcc 99 are of ABI 0, and libglm_hopper\.so is of 1"):
+        library.Loader(native, images(native, abi=0), lambda: pytest.fail("compiled"), mock.path).on(0)
+    few = dataclasses.replace(images(native), files={"topk_sum.cu": b""})
+    with pytest.raises(HopperError, match=r"lack gemm1_prefill\.cu"):
+        library.Loader(native, few, lambda: pytest.fail("compiled"), mock.path).on(0)
+
+
+def test_packaged_cubins_are_checked_against_their_manifest(tmp_path: Path) -> None:
+    import hashlib
+    import json
+
+    assert library.packaged(tmp_path) is None
+    (tmp_path / "topk_sum.cubin").write_bytes(b"code")
+    digest = hashlib.sha256(b"code").hexdigest()
+    (tmp_path / "manifest.json").write_text(json.dumps({"abi": 1, "compiler": "nvcc 1", "files": {"topk_sum.cubin": digest}}))
+    assert library.packaged(tmp_path) == library.Images({"topk_sum.cu": b"code"}, "nvcc 1", 1)
+    (tmp_path / "topk_sum.cubin").write_bytes(b"cod")
+    with pytest.raises(HopperError, match="are not as their manifest"):
+        library.packaged(tmp_path)
+
+
+def test_a_call_of_three_kernels_costs_microseconds(native: Native, mock: Mock) -> None:
+    """The launcher's own work, without the driver's: a lookup of two maps and three sets of arguments."""
+    one, _, _ = hopper_pass(native, mock, config(*DECODE))
+    kernels = one._first, one._second, *one._sums()
+    best = float("inf")
+    for _ in range(20):
+        begin = time.perf_counter()
+        for _ in range(20):
+            one._launch(*kernels)
+        best = min(best, (time.perf_counter() - begin) / 20)
+        mock.launches()
+    print(f"{1e6 * best:.1f} µs a call of three kernels, the mock's copies included")
+    assert best < 200e-6
