@@ -211,12 +211,15 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Gemm2
                     }
                 }
                 mma_commit();
-                mma_wait<0>();
-#pragma unroll
-                for (int part = 0; part < parts; ++part) mma_settle(d[part]);
-                if (lane == 0) barrier_arrive(empty + 8 * position.slot);
+                // The step before is done, so its stage is free; this one runs on.
+                mma_wait<1>();
+                if (step > 0 && lane == 0) barrier_arrive(empty + 8 * position.previous());
                 position.advance();
             }
+            mma_wait<0>();
+#pragma unroll
+            for (int part = 0; part < parts; ++part) mma_settle(d[part]);
+            if (lane == 0) barrier_arrive(empty + 8 * position.previous());
             if (size > 0) {
                 const float* scales = p.w2_scales + static_cast<i64>(p.tiles[item.tile]) * p.hidden_size + item.column;
                 u16* slot = p.partial + (item.slice % p.slots) * slot_elements + (item.column - item.slice * p.slice);
