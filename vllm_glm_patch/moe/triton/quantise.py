@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import quantisation_scale, to_fp8
+from .common import begin, quantisation_scale, to_fp8
 
 
 @triton.jit
@@ -21,8 +21,10 @@ def quantise_row(source, target, scales, row, WIDTH: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
-def quantise_rows_kernel(source, target, scales, limit, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def quantise_rows_kernel(source, target, scales, limit, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """One program a row. Rows from `limit[0]` (int32 on the device) on are left alone: they hold nothing."""
     row = tl.program_id(0)
-    if row < tl.load(limit):
+    end = tl.load(limit)  # routing's, two launches ago
+    begin(PDL)
+    if row < end:
         quantise_row(source, target, scales, row, WIDTH, BLOCK)
