@@ -54,7 +54,8 @@ def plain_cases() -> list[Case]:
     resident = {**_GLM, "LOW": 128, "HIGH": 64, "QUANTISED": True, "SWAP": False, "EARLY": False, "PREFETCH": 0, "HINTS": False}
     routed = {
         "WIDTH": 5120,
-        "WIDTH_BLOCK": 8192,
+        "LOW": 4096,
+        "HIGH": 1024,
         "EXPERTS": 160,
         "GLOBAL_EXPERTS": 160,
         "HAS_MAP": False,

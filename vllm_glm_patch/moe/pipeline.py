@@ -170,7 +170,8 @@ class Pass:
         p, c, t = self.problem, self.config, self.t
         bins = bins_of(p.experts)
         blocks = {"BLOCK_M1": c.gemm1.block_m, "BLOCK_M2": c.gemm2.block_m, "DONE": routing.DONE}
-        width = {"WIDTH": p.hidden_size, "WIDTH_BLOCK": power_of_two(p.hidden_size)}
+        low, high = split_width(p.hidden_size)
+        width = {"WIDTH": p.hidden_size, "LOW": low, "HIGH": high}
         if p.pairs <= routing.SMALL_PAIRS:
             block = max(16, power_of_two(p.pairs))
             self.launch(

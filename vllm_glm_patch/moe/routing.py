@@ -89,7 +89,8 @@ def prologue_small_kernel(
     pairs,
     max_tiles,
     WIDTH: tl.constexpr,
-    WIDTH_BLOCK: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
     EXPERTS: tl.constexpr,
     GLOBAL_EXPERTS: tl.constexpr,
     HAS_MAP: tl.constexpr,
@@ -111,7 +112,7 @@ def prologue_small_kernel(
     pid = tl.program_id(0)
     placers = tl.cdiv(pairs, PLACE)
     if pid > placers:
-        quantise_row(hidden, quantised, scales, pid - 1 - placers, WIDTH, WIDTH_BLOCK)
+        quantise_row(hidden, quantised, scales, pid - 1 - placers, WIDTH, LOW, HIGH)
     elif pid == 0:
         every = tl.arange(0, MOST_PAIRS)
         all_experts = clean_expert(ids, every, every < pairs, expert_map, EXPERTS, GLOBAL_EXPERTS, HAS_MAP)
@@ -143,7 +144,8 @@ def prologue_kernel(
     pairs,
     chunks,
     WIDTH: tl.constexpr,
-    WIDTH_BLOCK: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
     EXPERTS: tl.constexpr,
     GLOBAL_EXPERTS: tl.constexpr,
     HAS_MAP: tl.constexpr,
@@ -155,7 +157,7 @@ def prologue_kernel(
     begin(PDL)
     pid = tl.program_id(0)
     if pid >= chunks:
-        quantise_row(hidden, quantised, scales, pid - chunks, WIDTH, WIDTH_BLOCK)
+        quantise_row(hidden, quantised, scales, pid - chunks, WIDTH, LOW, HIGH)
     else:
         pair = pid * CHUNK + tl.arange(0, CHUNK)
         inside = pair < pairs
