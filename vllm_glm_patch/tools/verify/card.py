@@ -61,7 +61,8 @@ class Card:
         self._add(upstream.kernels())
         patches = {patch.id: patch.state for patch in installation.status().patches}
         applied = [name for name, state in patches.items() if state == installation.APPLIED]
-        self._add_ours(upstream.found is None or "fused-moe" in applied)
+        grid: Grid = options["grid"]
+        self._add_ours(upstream.found is None or "fused-moe" in applied or grid.sides == ("ours",))
         self._facts = {
             **_ask_a_child(),
             "vllm": status.vllm,
@@ -73,7 +74,6 @@ class Card:
             raise UserError(
                 f"{self._facts['card']} has compute capability {capability}; what is verified here is for Hopper (9.0) alone."
             )
-        grid: Grid = options["grid"]
         if "ours" in grid.sides:
             self._compiling = _precompile(grid)
         return self._facts

@@ -132,7 +132,7 @@ class Server:
             if code not in (_DONE, _FAULTED):
                 return code
             if not self.backend.can_fork():
-                return AGAIN
+                return AGAIN if self._next(units) else 0
 
     def _next(self, units: list[Unit]) -> list[Item]:
         items = pending(journal.read(self.path), units, self.job.grid.shapes[0].name)

@@ -57,7 +57,16 @@ class Result:
     @property
     def counting(self) -> set[tuple[str, str]]:
         """The kernels whose findings count: those this vLLM would run here."""
-        return {(kernel.side, kernel.name) for kernel in self.kernels if kernel.counts and not kernel.absent}
+        return {(kernel.side, kernel.name) for kernel in self._wanted if not kernel.absent}
+
+    @property
+    def _wanted(self) -> list[Kernel]:
+        return [kernel for kernel in self.kernels if kernel.counts and kernel.side in self.grid.sides]
+
+    @property
+    def _lacking(self) -> list[Kernel]:
+        """Whole layers that should have been called and could not be: without them nothing is proved."""
+        return [kernel for kernel in self._wanted if kernel.absent and kernel.name == "layer"]
 
     def of(self, *outcomes: str) -> list[dict[str, Any]]:
         """Rows of counting kernels with one of these outcomes."""
@@ -72,7 +81,8 @@ class Result:
         if self.interrupted:
             return INTERRUPTED
         checked = {(row["side"], row["kernel"]) for row in self.of(OK)}
-        return 0 if self.counting and checked == self.counting and not self.of(ERROR) else 2
+        complete = self.counting and checked == self.counting and not self._lacking and not self.of(ERROR)
+        return 0 if complete else 2
 
     @property
     def left(self) -> int:
@@ -89,6 +99,7 @@ class Result:
             return "Interrupted: nothing unsafe was found so far."
         if self.exit_code == 2:
             errors = dict.fromkeys(f"{row['side']} {row['kernel']}: {row['text']}" for row in self.of(ERROR))
+            errors.update(dict.fromkeys(f"{kernel.title}: {kernel.absent}" for kernel in self._lacking))
             if errors:
                 return f"Not everything could be called, so this proves nothing. {next(iter(errors))}"
             missing = self.counting - {(row["side"], row["kernel"]) for row in self.of(OK)}

@@ -80,8 +80,10 @@ class Upstream:
         total = self._absent("ops", "_moe_C.moe_sum") or ("" if self.old else other)
         router = self._absent("router") or ("" if hasattr(self.router, "grouped_topk") else other)
 
+        triton = self._absent("triton") or ("" if hasattr(self.triton, "fused_experts") else other)
+
         def kernel(name: str, absent: str, routings: tuple[str, ...] = ("spread",), counts: bool = True) -> Kernel:
-            return Kernel("upstream", name, routings, counts, absent)
+            return Kernel("upstream", name, routings, counts and self.found is not None, absent)
 
         good = ("spread", "skewed", "collapsed")
         return [
@@ -95,7 +97,7 @@ class Upstream:
             (kernel("requantise", quantised), functools.partial(self.quantise, 2)),
             (kernel("unpermute", unpermute, good), self.moe_unpermute),
             (kernel("sum", total), self.moe_sum),
-            (kernel("triton layer", self._absent("triton"), ("spread", "minus-one"), counts=False), self.triton_layer),
+            (kernel("triton layer", triton, ("spread", "minus-one"), counts=False), self.triton_layer),
         ]
 
     def quantise(self, which: int, m: Material, note: Note) -> Call:
