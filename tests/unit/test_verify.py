@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from verify_backend import FACTS
 
 from vllm_glm_patch.errors import UserError
 from vllm_glm_patch.tools.verify import cli
+from vllm_glm_patch.tools.verify.card import Card
 from vllm_glm_patch.tools.verify.cases import FEW, ROUTINGS, SHAPES, TOKENS, Grid, Kernel, Shape, Unit, quick
 from vllm_glm_patch.tools.verify.child import Job, pending
-from vllm_glm_patch.tools.verify.journal import FAULT, OK, Item, Outcome, Reader, State, begin, end
+from vllm_glm_patch.tools.verify.journal import ERROR, FAULT, OK, SKIPPED, WRONG, Item, Outcome, Reader, State, begin, end
 from vllm_glm_patch.tools.verify.report import Result
 
 HERE = Path(__file__).parent
@@ -197,6 +199,14 @@ def test_a_card_that_cannot_be_started_is_told_once() -> None:
         run(no_start=True)
 
 
+def test_where_a_fork_cannot_use_the_card_the_child_does_it_itself() -> None:
+    result = run(no_start_in_a_fork=True)
+    assert len([r for r in result.rows if r["outcome"] == FAULT]) > 2
+    assert all(r["buffers"] == ["a_scales"] for r in result.rows if r["outcome"] == FAULT)
+    assert result.exit_code == 1
+    assert "refused" not in result.as_dict()["facts"]
+
+
 def test_a_child_that_dies_before_it_runs_anything_is_told_with_its_last_words() -> None:
     with pytest.raises(UserError, match=r"left with code 9. It said:\nno such library"):
         run(dies_at_start=True)
@@ -250,6 +260,48 @@ def parent_of(process: Path) -> int:
 
 def test_interrupted_without_a_finding_is_130() -> None:
     assert Result(State(), SMALL, interrupted=True).exit_code == 130
+
+
+# The backend of a real card, as far as it goes without one.
+
+
+def test_the_real_backend_says_what_it_lacks() -> None:
+    torch = pytest.importorskip("torch")
+    if torch.version.cuda is not None:
+        pytest.skip("this torch is built for CUDA")
+    with pytest.raises(UserError, match=r"needs a CUDA build of torch, and .* is none\. Run it in vLLM's own Python"):
+        run(backend=cli.BACKEND)
+
+
+@pytest.mark.parametrize(
+    ("error", "routing", "outcome"),
+    [
+        (lambda torch: torch.OutOfMemoryError("CUDA out of memory"), "spread", SKIPPED),
+        (lambda torch: RuntimeError("CUDA error: an illegal memory access was encountered"), "spread", FAULT),
+        (lambda torch: RuntimeError("Failed to initialize the TMA descriptor 1"), "minus-one", FAULT),
+        (lambda torch: AssertionError("topk_ids"), "past-end", WRONG),
+        (lambda torch: AssertionError("hidden size"), "spread", ERROR),
+        (lambda torch: TypeError("unexpected keyword argument 'x'"), "minus-one", ERROR),
+    ],
+)
+def test_an_exception_of_a_call_is_judged(
+    error: Callable[[Any], Exception], routing: str, outcome: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = pytest.importorskip("torch")
+    card = Card()
+    monkeypatch.setattr(card, "synchronise", lambda: None)
+    assert card._judged(error(torch), routing).outcome == outcome
+
+
+def test_a_card_that_cannot_be_waited_for_has_faulted_whatever_the_exception_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    card = Card()
+
+    def lost() -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(card, "synchronise", lost)
+    assert card._judged(TypeError("x"), "spread").outcome == FAULT
 
 
 # What is pending, and the journal.

@@ -22,10 +22,10 @@ GRID = Grid(shapes=(TP, EP), tokens=(1, 7, 33), few=(9,), sides=("upstream",))
 OLD, NEW = "0.10.1.1", "0.26.0"
 
 
-def run(version: str, *defects: str, grid: Grid = GRID) -> Result:
+def run(version: str, *defects: str, grid: Grid = GRID, **options: object) -> Result:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]))
-        return cli.run(grid, 60, {"version": version, "defects": defects}, "verify_vllm:Cpu")
+        return cli.run(grid, 60, {"version": version, "defects": defects, **options}, "verify_vllm:Cpu")
 
 
 @pytest.fixture(scope="module", params=[OLD, NEW])
@@ -70,3 +70,9 @@ def test_silent_garbage_for_ids_that_name_no_expert_is_found() -> None:
     result = run(NEW, "bad-ids", grid=Grid(shapes=shapes, tokens=(9,), few=(9,), sides=("upstream",)))
     assert {row["routing"] for row in result.rows if row["outcome"] == WRONG} == {"minus-one", "past-end"}
     assert {row["kernel"] for row in result.rows if row["outcome"] == WRONG} == {"layer"}
+
+
+def test_a_router_that_gives_nan_tokens_bad_ids_does_no_harm_where_the_layer_guards_them() -> None:
+    grid = Grid(shapes=(TP,), tokens=(9,), few=(9,), sides=("upstream",))
+    assert run(OLD, "router", grid=grid).exit_code == 1
+    assert run(OLD, "router", grid=grid, ids_guarded=True).exit_code == 0

@@ -29,7 +29,8 @@ class Fake:
         if options.get("dies_at_start"):
             print("no such library", flush=True)
             os._exit(9)
-        return {**FACTS, "pid": os.getpid()}
+        self.pid = os.getpid()
+        return FACTS
 
     def kernels(self) -> list[Kernel]:
         return [
@@ -44,7 +45,7 @@ class Fake:
 
     def start(self, guarded: str) -> None:
         self.guarded = guarded
-        if self.options.get("no_start"):
+        if self.options.get("no_start") or (self.options.get("no_start_in_a_fork") and os.getpid() != self.pid):
             raise RuntimeError("no CUDA-capable device is detected")
 
     def run(self, unit: Unit, shape: Shape, guard: str, note: Note) -> Outcome:

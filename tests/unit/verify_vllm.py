@@ -194,7 +194,7 @@ class Cpu:
         defects.update(options.get("defects", []))
         from vllm_glm_patch.tools.verify.upstream import Upstream
 
-        self.made = Upstream().kernels()
+        self.made = Upstream(ids_guarded=bool(options.get("ids_guarded"))).kernels()
         return {"card": "CPU", "vllm": options["version"]}
 
     def kernels(self) -> list[Kernel]:

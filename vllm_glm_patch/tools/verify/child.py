@@ -1,7 +1,7 @@
 """The process that runs units: `python -m vllm_glm_patch.tools.verify JOB.json`.
 
 It imports torch and vLLM once, stays off the card, and forks workers that use it. A worker that faults is replaced,
-and the next one goes on behind the unit that it died of. Where a fork could not use the card, it runs the units itself
+and the next one goes on behind the unit that it died of. Where a fork cannot use the card, it runs the units itself
 and leaves with AGAIN after a fault; the parent then starts it anew.
 """
 
@@ -26,7 +26,7 @@ from .journal import ALL, FAULT, Item, Outcome, State
 
 AGAIN = 75  # a fault was written down; start me again
 REFUSED = 76  # nothing can be checked here; why is in the journal as {"facts": {"refused": …}}
-_DONE, _FAULTED, _TIME = 0, 3, 4  # exit codes of a worker
+_DONE, _FAULTED, _TIME, _NO_START = 0, 3, 4, 5  # exit codes of a worker
 
 # A fault costs the start of a new worker. How often the same kernel may fault before the rest is taken as known:
 OFTEN, SELDOM = 1000, 1  # on the first shape under spread routing; elsewhere, on each shape
@@ -108,6 +108,7 @@ class Server:
         self.path = Path(job.journal)
         self.backend = backends.load(job.backend)
         self.worker = 0
+        self.forking = True
         self.parent = os.getppid()
 
     def run(self) -> int:
@@ -121,17 +122,26 @@ class Server:
         units = self.job.grid.units(kernels)
         journal.write(self.path, {"facts": facts})
         journal.write(self.path, {"kernels": [asdict(kernel) for kernel in kernels], "total": len(units)})
+        self.forking = "no_fork" not in journal.read(self.path).facts
         signal.signal(signal.SIGTERM, self._leave)
         while True:
             items = self._next(units)
             if not items or time.monotonic() >= self.job.stop_at:
                 return 0
-            code = self._forked(items) if self.backend.can_fork() else self._work(items)
+            forking = self.forking and self.backend.can_fork()
+            code = self._forked(items) if forking else self._work(items)
             if code == _TIME:
                 return 0
-            if code not in (_DONE, _FAULTED):
+            if code == _NO_START and forking:  # what was imported may have touched the card: then only this process can use it
+                self.forking = False
+                journal.write(self.path, {"facts": {"no_fork": True}})
+            elif code == _NO_START:
+                why = journal.read(self.path).facts["no_start"]
+                journal.write(self.path, {"facts": {"refused": f"The card cannot be used: {why}"}})
+                return REFUSED
+            elif code not in (_DONE, _FAULTED):
                 return code
-            if not self.backend.can_fork():
+            elif not forking:
                 return AGAIN if self._next(units) else 0
 
     def _next(self, units: list[Unit]) -> list[Item]:
@@ -156,7 +166,7 @@ class Server:
                 os._exit(code)
         status, hung = self._wait()
         code = os.waitstatus_to_exitcode(status)
-        if code in (_DONE, _FAULTED, _TIME, REFUSED):
+        if code in (_DONE, _FAULTED, _TIME, _NO_START):
             return code
         return _FAULTED if bury(self.path, how(code, hung, self.job.unit_seconds)) else 1
 
@@ -189,8 +199,8 @@ class Server:
                 try:
                     self.backend.start(backends.GUARDED_ALL if item.guard == ALL else backends.GUARDED_ONE)
                 except Exception as error:
-                    journal.write(self.path, {"facts": {"refused": f"The card cannot be used: {error}"}})
-                    return REFUSED
+                    journal.write(self.path, {"facts": {"no_start": str(error)}})
+                    return _NO_START
                 started = True
             journal.begin(self.path, item)
             if self._run(item).outcome == FAULT:

@@ -18,9 +18,11 @@ from .journal import OK, WRONG, Outcome
 
 SAMPLED = 128  # tokens or rows of a result that are compared with float64, the first and the last among them
 # Largest relative error of a row. FP8 activations cost 1.3 – 2.1 % of a whole layer (H100, all backends) and up to some
-# 4 % of a row with few local experts; one wrong expert of eight is 35 %. A GEMM of given FP8 values: bf16 rounding.
+# 4 % of a row with few local experts; one wrong expert of eight is 35 %. A GEMM of given FP8 values: bf16 rounding, and the
+# 14 bits in which Hopper adds FP8 products, up to 1 % at a depth of 5120. Quantising: half an FP8 step, 2.6 % on average.
 LAYER_LIMIT = 0.08
-GEMM_LIMIT = 0.02
+GEMM_LIMIT = 0.03
+QUANTISE_LIMIT = 0.05
 ROUNDING_LIMIT = 0.01
 
 Buffers = Mapping[str, torch.Tensor]

@@ -105,7 +105,8 @@ class Result:
             missing = self.counting - {(row["side"], row["kernel"]) for row in self.of(OK)}
             names = ", ".join(sorted(" ".join(kernel) for kernel in missing)) or "nothing that would run here"
             return f"Not everything was reached ({names}), so this proves nothing. Give it more --minutes."
-        return "Safe: no fault and no wrong result in anything that this vLLM would run on this card."
+        left = f" {self.left} calls were not run; more --minutes run them too." if self.left else ""
+        return f"Safe: no fault and no wrong result in anything that this vLLM would run on this card.{left}"
 
     def head(self) -> str:
         """What was checked, in lines."""
@@ -118,6 +119,8 @@ class Result:
         skipped = f", {len(self.of(SKIPPED))} skipped" if self.of(SKIPPED) else ""
         left = f", {self.left} not run" if self.left else ""
         lines.append(f"{len(self.rows)} calls in {self.seconds:.0f} s{skipped}{left}")
+        if facts.get("refused"):
+            lines.append(f"It ended early. {facts['refused']}")
         return "\n".join(lines)
 
     def tables(self) -> list[Table]:
