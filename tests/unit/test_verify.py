@@ -464,12 +464,26 @@ def test_the_time_is_told_before_it_begins() -> None:
 # Our own kernel, really run.
 
 
+TINY = Grid(
+    shapes=(Shape("tiny", 32, 4, 8, hidden_size=64, top_k=2),), tokens=(1, 5), few=(5,), sides=("ours",)
+)  # fmt: skip
+
+
 def test_our_kernel_is_right_for_every_routing_through_the_interpreter() -> None:
     pytest.importorskip("triton")
-    tiny = Shape("tiny", 32, 4, 8, hidden_size=64, top_k=2)
-    grid = Grid(shapes=(tiny,), tokens=(1, 5), few=(5,), sides=("ours",))
-    result = run(grid, backend="verify_backend:Interpreted")
+    result = run(TINY, backend="verify_backend:Interpreted")
     assert [r for r in result.rows if r["outcome"] != OK] == []
     assert {r["routing"] for r in result.rows} == set(ROUTINGS)
     assert {r["kernel"] for r in result.rows} == {"layer", "steps"}
     assert result.exit_code == 0
+
+
+def test_a_fault_in_a_step_of_our_kernel_is_told_with_the_step_and_its_buffers_are_tried_one_by_one() -> None:
+    pytest.importorskip("triton")
+    result = run(TINY, backend="verify_backend:Interpreted", fault_at=5)
+    (fault,) = [r for r in result.rows if r["outcome"] == FAULT]
+    assert (fault["kernel"], fault["tokens"], fault["step"]) == ("steps", 5, "gemm2")
+    assert (fault["traced"], fault["buffers"]) == (True, [])
+    tried = {item.guard for item in result.state.rows if item.unit == "ours/steps/tiny/spread/5"}
+    assert {"all", "hidden_states", "w13", "topk_ids", "expert_map", "workspace", "out"} < tried
+    assert result.exit_code == 1

@@ -6,10 +6,12 @@ import ctypes
 import os
 import signal
 import time
+import types
 from typing import Any
 
 from vllm_glm_patch.errors import UserError
 from vllm_glm_patch.tools.verify.backend import Note
+from vllm_glm_patch.tools.verify.card import Card
 from vllm_glm_patch.tools.verify.cases import GOOD, ROUTINGS, Kernel, Shape, Unit
 from vllm_glm_patch.tools.verify.journal import ALL, ERROR, FAULT, OK, SKIPPED, WRONG, Outcome
 
@@ -82,33 +84,43 @@ def _end(how: str) -> Outcome:
     return Outcome({"error": ERROR, "skipped": SKIPPED}[how], f"it was {how}")
 
 
-class Interpreted:
-    """Our own kernels through Triton's interpreter, on a shape small enough for it."""
+class Interpreted(Card):
+    """The backend of a card, with our own kernels through Triton's interpreter, on a shape small enough for it.
+
+    With `fault_at` among the options the call of so many tokens, spread, faults at its last step, all buffers guarded.
+    """
 
     device = "cpu"
 
     def prepare(self, options: dict[str, Any]) -> dict[str, Any]:
         os.environ["TRITON_INTERPRET"] = "1"
-        from vllm_glm_patch.tools.verify import ours
-
-        self.made = ours.kernels(counts=True)
+        self.options = options
+        self._add_ours(counts=True)
         return FACTS
-
-    def kernels(self) -> list[Kernel]:
-        return [kernel for kernel, _ in self.made]
-
-    def can_fork(self) -> bool:
-        return True
 
     def start(self, guarded: str) -> None:
         import torch
 
         torch.set_num_threads(1)
+        self.guarded = guarded
+        self._guards = Copies()
+
+    def synchronise(self) -> None:
+        if self.guarded == "all" and self.last and self._kept[0][1:] == (self.options.get("fault_at"), "spread"):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     def run(self, unit: Unit, shape: Shape, guard: str, note: Note) -> Outcome:
-        from vllm_glm_patch.tools.verify.material import Material
+        self.last = ""
 
-        material = Material(shape, unit.tokens, unit.routing, "cpu")
-        make = next(make for kernel, make in self.made if kernel.name == unit.kernel)
-        call = make(material, note)
-        return call.check(call.run(call.buffers))
+        def watched(line: dict[str, Any]) -> None:
+            self.last = line.get("step", self.last)
+            note(line)
+
+        return super().run(unit, shape, guard, watched)
+
+
+class Copies:
+    """Where a card has guards."""
+
+    def place(self, tensor: Any) -> Any:
+        return types.SimpleNamespace(tensor=tensor.clone(), free=lambda: None)

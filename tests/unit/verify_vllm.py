@@ -13,9 +13,7 @@ from typing import Any
 import torch
 
 import vllm_glm_patch.upstream
-from vllm_glm_patch.tools.verify.backend import Note
-from vllm_glm_patch.tools.verify.cases import Kernel, Shape, Unit
-from vllm_glm_patch.tools.verify.journal import ERROR, Outcome
+from vllm_glm_patch.tools.verify.card import Card
 from vllm_glm_patch.upstream import Upstream as Found
 
 MOE = "vllm.model_executor.layers.fused_moe"
@@ -186,33 +184,21 @@ def install(version: str) -> None:
     vllm_glm_patch.upstream.find_installed = lambda: Found(Path("/nowhere"), version)
 
 
-class Cpu:
-    """The backend: upstream's kernels as above."""
+class Cpu(Card):
+    """The backend of a card, on the CPU, with upstream's kernels as above."""
+
+    device = "cpu"
 
     def prepare(self, options: dict[str, Any]) -> dict[str, Any]:
         install(options["version"])
         defects.update(options.get("defects", []))
         from vllm_glm_patch.tools.verify.upstream import Upstream
 
-        self.made = Upstream(ids_guarded=bool(options.get("ids_guarded"))).kernels()
+        self._add(Upstream(ids_guarded=bool(options.get("ids_guarded"))).kernels())
         return {"card": "CPU", "vllm": options["version"]}
-
-    def kernels(self) -> list[Kernel]:
-        return [kernel for kernel, _ in self.made]
-
-    def can_fork(self) -> bool:
-        return False
 
     def start(self, guarded: str) -> None:
         torch.set_num_threads(1)
 
-    def run(self, unit: Unit, shape: Shape, guard: str, note: Note) -> Outcome:
-        from vllm_glm_patch.tools.verify.material import Material
-
-        make = next(make for kernel, make in self.made if kernel.name == unit.kernel)
-        call = make(Material(shape, unit.tokens, unit.routing, "cpu"), note)
-        note({"buffers": list(call.buffers)})
-        try:
-            return call.check(call.run(call.buffers))
-        except Exception as error:
-            return Outcome(ERROR, f"{type(error).__name__}: {error}")
+    def synchronise(self) -> None:
+        pass

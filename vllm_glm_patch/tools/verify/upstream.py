@@ -319,7 +319,7 @@ class Upstream:
             **b, "topk": top_k, "renormalize": True, "num_expert_group": 1, "topk_group": 1, "scoring_func": "sigmoid",
             "routed_scaling_factor": 1.0,
         }  # fmt: skip
-        with _eager():
+        with _eager(function):
             weights, ids = function(**{name: value for name, value in values.items() if name in known})
         return weights, ids
 
@@ -420,10 +420,11 @@ def _stride(experts: int, value: int, device: str) -> torch.Tensor:
     return torch.full((experts,), value, device=device, dtype=torch.int64)
 
 
-def _eager() -> AbstractContextManager[object]:
+def _eager(function: Any) -> AbstractContextManager[object]:
     """The router is compiled by torch.compile, which takes longer than all else here; as plain torch it computes the same."""
     stance = getattr(torch.compiler, "set_stance", None)
-    return stance("force_eager") if stance is not None else nullcontext()
+    compiled = hasattr(function, "_torchdynamo_orig_callable")
+    return stance("force_eager") if compiled and stance is not None else nullcontext()
 
 
 def _check_permuted(
