@@ -14,6 +14,8 @@ from vllm_glm_patch.tools.verify.report import Result
 
 pytest.importorskip("torch")
 
+from vllm_glm_patch.tools.verify import upstream as upstream_module
+
 HERE = Path(__file__).parent
 # Few values, so that FP8's rounding does not average out as in a real layer; still below the limits.
 TP = Shape("TP", 64, 8, 8, hidden_size=128, top_k=4)
@@ -76,3 +78,11 @@ def test_a_router_that_gives_nan_tokens_bad_ids_does_no_harm_where_the_layer_gua
     grid = Grid(shapes=(TP,), tokens=(9,), few=(9,), sides=("upstream",))
     assert run(OLD, "router", grid=grid).exit_code == 1
     assert run(OLD, "router", grid=grid, ids_guarded=True).exit_code == 0
+
+
+def test_without_vllm_nothing_of_upstream_is_asked_and_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upstream_module.upstream, "find_installed", lambda: None)
+    kernels = [kernel for kernel, _ in upstream_module.Upstream().kernels()]
+    assert {kernel.absent for kernel in kernels} == {"no vLLM is installed in this Python"}
+    assert not any(kernel.counts for kernel in kernels)
+    assert GRID.units(kernels) == []

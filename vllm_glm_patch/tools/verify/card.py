@@ -69,6 +69,7 @@ class Card:
         self._facts = {
             **_ask_a_child(),
             "vllm": status.vllm,
+            "unpatched": bool(options.get("unpatched")),
             "patch_states": patches,
             "patches": f"applied: {', '.join(applied)}" if applied else "no patch is applied",
         }

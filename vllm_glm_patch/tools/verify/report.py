@@ -94,7 +94,8 @@ class Result:
         bad = self.of(FAULT, WRONG)
         if bad:
             names = ", ".join(dict.fromkeys(f"{row['side']} {row['kernel']}" for row in bad))
-            return f"UNSAFE: {names}. This vLLM would run it on this card."
+            patched = " Without --unpatched it says what the patches make of that." if self.state.facts.get("unpatched") else ""
+            return f"UNSAFE: {names}. This vLLM would run it on this card.{patched}"
         if self.interrupted:
             return "Interrupted: nothing unsafe was found so far."
         if self.exit_code == 2:
@@ -117,7 +118,7 @@ class Result:
             f"vLLM {facts.get('vllm') or 'not installed'}, vllm-glm-patch {__version__}: {facts.get('patches', 'no patches')}",
         ]
         skipped = f", {len(self.of(SKIPPED))} skipped" if self.of(SKIPPED) else ""
-        left = f", {self.left} not run" if self.left else ""
+        left = f", {self.left} not run (known from another fault, or out of time)" if self.left else ""
         lines.append(f"{len(self.rows)} calls in {self.seconds:.0f} s{skipped}{left}")
         if facts.get("refused"):
             lines.append(f"It ended early. {facts['refused']}")
