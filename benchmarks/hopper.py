@@ -190,9 +190,8 @@ class Worker:
         return native, triton
 
     def time(self, case: Case) -> dict[str, Any]:
-        """Microseconds of each step and of the layer, ours and Triton's. A step timed before is not timed again."""
+        """Microseconds of each step and of the layer, ours and Triton's. What was timed before is not timed again."""
         from vllm_glm_patch.moe.reference import relative_error
-        from vllm_glm_patch.moe.timing import median_us
 
         native, triton = self.passes(case)
         found: dict[str, Any] = {"case": case.text}
@@ -200,18 +199,26 @@ class Worker:
             ours.run()
             theirs.run()
             found["against Triton"] = relative_error(one.out, other.out.double())
-        for who, passes in (("native", native), ("triton", triton)):
-            for index, (name, _) in enumerate(passes[0][0].steps()):
-                what = {"gemm1": case.gemm1, "gemm2": f"{case.gemm2} {case.slice} {case.slots}"}.get(name, name)
-                key = f"{case.shape} {case.tokens} {who} {name} {what if who == 'native' else ''}"
-                if key not in self._known:
-                    self._known[key] = median_us([p.steps()[index][1] for p, _, _ in passes])
-                found[f"{who} {name}"] = round(self._known[key], 1)
-            key = f"{case.shape} {case.tokens} triton layer"
-            if who == "native" or key not in self._known:
-                self._known[key if who == "triton" else ""] = median_us([p.run for p, _, _ in passes])
-            found[f"{who} layer"] = round(self._known[key if who == "triton" else ""], 1)
+        kernels = {"gemm1": case.gemm1, "gemm2": f"{case.gemm2} {case.slice} {case.slots}"}
+        for who, passes in (("native", [p for p, _, _ in native]), ("triton", [p for p, _, _ in triton])):
+            for index, (name, _) in enumerate(passes[0].steps()):
+                kernel = kernels.get(name, "") if who == "native" else ""
+                found[f"{who} {name}"] = self.median(f"{case.shape} {case.tokens} {who} {name} {kernel}", passes, index)
+            layer = case.text if who == "native" else ""
+            found[f"{who} layer"] = self.median(f"{case.shape} {case.tokens} {who} layer {layer}", passes, None)
         return found
+
+    def median(self, key: str, passes: list[Any], index: int | None) -> float:
+        """Microseconds of one step of each pass, or for None of the whole passes, after the steps before it have run."""
+        from vllm_glm_patch.moe.timing import median_us
+
+        if key not in self._known:
+            for one in passes:
+                for _, step in one.steps()[:index]:
+                    step()
+            calls = [one.run if index is None else one.steps()[index][1] for one in passes]
+            self._known[key] = round(median_us(calls), 1)
+        return self._known[key]
 
 
 def work(what: str) -> None:

@@ -105,9 +105,9 @@ constexpr Kernel kernels[] = {
     {"glm_gemm1_decode_t16", "gemm1_decode.cu", Family::gemm1_decode, Grid::persistent, 256, 1, 16, 32, 18, 10240, true, {Map::w13_interleaved, Map::none}},
     {"glm_gemm1_decode_t32", "gemm1_decode.cu", Family::gemm1_decode, Grid::persistent, 256, 1, 32, 64, 9, 20480, true, {Map::w13_interleaved, Map::none}},
     {"glm_gemm1_decode_t64", "gemm1_decode.cu", Family::gemm1_decode, Grid::persistent, 256, 1, 64, 64, 8, 24576, true, {Map::w13_interleaved, Map::none}},
-    {"glm_gemm2_decode_t8", "gemm2_decode.cu", Family::gemm2_decode, Grid::persistent, 256, 1, 8, 128, 6, 16384, true, {Map::w2_rows, Map::none}},
-    {"glm_gemm2_decode_t16", "gemm2_decode.cu", Family::gemm2_decode, Grid::persistent, 256, 1, 16, 128, 6, 16384, true, {Map::w2_rows, Map::none}},
-    {"glm_gemm2_decode_t32", "gemm2_decode.cu", Family::gemm2_decode, Grid::persistent, 256, 1, 32, 128, 6, 16384, true, {Map::w2_rows, Map::none}},
+    {"glm_gemm2_decode_t8", "gemm2_decode.cu", Family::gemm2_decode, Grid::persistent, 256, 1, 8, 128, 12, 16384, true, {Map::w2_rows, Map::none}},
+    {"glm_gemm2_decode_t16", "gemm2_decode.cu", Family::gemm2_decode, Grid::persistent, 256, 1, 16, 128, 12, 16384, true, {Map::w2_rows, Map::none}},
+    {"glm_gemm2_decode_t32", "gemm2_decode.cu", Family::gemm2_decode, Grid::persistent, 256, 1, 32, 128, 10, 16384, true, {Map::w2_rows, Map::none}},
     {"glm_gemm2_decode_t64", "gemm2_decode.cu", Family::gemm2_decode, Grid::persistent, 256, 1, 64, 128, 6, 16384, true, {Map::w2_rows, Map::none}},
     {"glm_topk_sum", "topk_sum.cu", Family::sum, Grid::per_vector, 256, 1, 0, 8, 0, 0, true, {Map::none, Map::none}},
 };

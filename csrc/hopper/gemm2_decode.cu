@@ -25,33 +25,54 @@ struct Gemm2DecodeArguments {
     int max_tiles, hidden_size, intermediate_size;
 };
 
-// One warp turns a row of act [width] bf16 into FP8 in the swizzled tile of TOKENS rows; returns its scale.
-template <int TOKENS>
-GLM_DEVICE float quantise_row(const u16* source, u32 target, int row, int width, int lane) {
-    float largest = 0.0f;
-    for (int first = lane * 8; first < width; first += 256) {
-        const Vector4 v = load_16(source + first);
+// One warp turns ROWS rows of act [width] bf16, `stride` rows apart, into FP8 in the swizzled tile of TOKENS rows, those below
+// `size` only; scale[i] is row i's. Loads of all rows go out before the first is used.
+template <int TOKENS, int ROWS>
+GLM_DEVICE void quantise_rows(const u16* act, u32 target, int first_row, int stride, int size, int width, int lane,
+                              float (&scale)[ROWS]) {
+    const int first = lane * 8;
+    const int padded = divide_up(width, gemm2_decode_k_step) * gemm2_decode_k_step;
+    Vector4 head[ROWS];
 #pragma unroll
-        for (int word = 0; word < 4; ++word) {
-            largest = larger(largest, larger(magnitude(low_bf16(v.word[word])), magnitude(high_bf16(v.word[word]))));
-        }
+    for (int i = 0; i < ROWS; ++i) {
+        const int row = first_row + i * stride;
+        head[i] = {{0, 0, 0, 0}};
+        if (row < size && first < width) head[i] = load_16(act + static_cast<i64>(row) * width + first);
     }
 #pragma unroll
-    for (int step = 16; step > 0; step /= 2) largest = larger(largest, shuffle_xor(largest, step));
-    const float scale = quantisation_scale(largest), inverse = divide_exactly(1.0f, scale);
-    // Zeros after the width, to the end of its last K step: garbage there could be NaN, which no weight of 0 silences.
-    for (int first = lane * 8; first < divide_up(width, gemm2_decode_k_step) * gemm2_decode_k_step; first += 256) {
-        Vector4 v{};
-        if (first < width) v = load_16(source + first);
-        u32 packed[4];
+    for (int i = 0; i < ROWS; ++i) {
+        const int row = first_row + i * stride;
+        scale[i] = 0.0f;
+        if (row >= size) continue;  // the same for the whole warp
+        const u16* source = act + static_cast<i64>(row) * width;
+        float largest = 0.0f;
+        for (int column = first; column < width; column += 256) {
+            const Vector4 v = column == first ? head[i] : load_16(source + column);
 #pragma unroll
-        for (int word = 0; word < 4; ++word) {
-            packed[word] = pack_fp8(quotient(low_bf16(v.word[word]), scale, inverse), quotient(high_bf16(v.word[word]), scale, inverse));
+            for (int word = 0; word < 4; ++word) {
+                largest = larger(largest, larger(magnitude(low_bf16(v.word[word])), magnitude(high_bf16(v.word[word]))));
+            }
         }
-        const u32 tile = target + first / gemm2_decode_k_step * TOKENS * gemm2_decode_k_step;
-        store_shared_8(swizzled_address(tile, row, first % gemm2_decode_k_step), {{packed[0] | packed[1] << 16, packed[2] | packed[3] << 16}});
+#pragma unroll
+        for (int step = 16; step > 0; step /= 2) largest = larger(largest, shuffle_xor(largest, step));
+        scale[i] = quantisation_scale(largest);
+        const float inverse = divide_exactly(1.0f, scale[i]);
+        // Zeros after the width, to the end of its last K step: garbage there could be NaN, which no weight of 0 silences.
+        for (int column = first; column < padded; column += 256) {
+            Vector4 v = head[i];
+            if (column != first) v = {{0, 0, 0, 0}};
+            if (column != first && column < width) v = load_16(source + column);
+            u32 packed[4];
+#pragma unroll
+            for (int word = 0; word < 4; ++word) {
+                packed[word] = pack_fp8(quotient(low_bf16(v.word[word]), scale[i], inverse),
+                                        quotient(high_bf16(v.word[word]), scale[i], inverse));
+            }
+            const u32 tile = target + column / gemm2_decode_k_step * TOKENS * gemm2_decode_k_step;
+            store_shared_8(swizzled_address(tile, row, column % gemm2_decode_k_step),
+                           {{packed[0] | packed[1] << 16, packed[2] | packed[3] << 16}});
+        }
     }
-    return scale;
 }
 
 template <int TOKENS, int STAGES>
@@ -63,7 +84,8 @@ GLM_DEVICE void gemm2_decode(const TensorMap& w2, const Gemm2DecodeArguments& p)
     const u32 act = ring + STAGES * stage_bytes;             // [steps][TOKENS][128] FP8, swizzled
     const u32 staging = act + steps * act_step_bytes;        // [TOKENS][128] bf16, padded rows
     const u32 scales = staging + TOKENS * staging_row_bytes; // [TOKENS] fp32: row's scale × routing weight
-    const u32 full = scales + 4 * TOKENS, empty = full + 8 * STAGES;
+    const u32 pairs = scales + 4 * TOKENS;                   // [TOKENS] int32
+    const u32 full = pairs + 4 * TOKENS, empty = full + 8 * STAGES;
 
     const int thread = thread_index();
     const int warpgroup = warp_uniform(thread / 128);
@@ -109,15 +131,34 @@ GLM_DEVICE void gemm2_decode(const TensorMap& w2, const Gemm2DecodeArguments& p)
                 first_row = p.tiles[p.max_tiles + tile];
                 size = p.tiles[2 * p.max_tiles + tile];
                 // Rows past the end keep what they held: they only reach results of tokens that are not there.
-                for (int row = warp; row < TOKENS && row < size; row += 4) {
-                    const u16* source = p.act + static_cast<i64>(first_row + row) * p.intermediate_size;
-                    const float scale = quantise_row<TOKENS>(source, act, row, p.intermediate_size, lane);
-                    if (lane == 0) store_shared_float(scales + 4 * row, scale * p.topk_weights[p.rows[first_row + row]]);
+                if (t < TOKENS && t < size) store_shared_int(pairs + 4 * t, p.rows[first_row + t]);
+                constexpr int at_once = TOKENS / 4 < 4 ? TOKENS / 4 : 4;
+                for (int row = warp; row < size; row += 4 * at_once) {
+                    float scale[at_once];
+                    const u16* source = p.act + static_cast<i64>(first_row) * p.intermediate_size;
+                    quantise_rows<TOKENS, at_once>(source, act, row, 4, size, p.intermediate_size, lane, scale);
+#pragma unroll
+                    for (int i = 0; i < at_once; ++i) {
+                        const int at = row + 4 * i;
+                        if (lane == i && at < size) {
+                            store_shared_float(scales + 4 * at, scale[i] * p.topk_weights[p.rows[first_row + at]]);
+                        }
+                    }
                 }
                 fence_proxy_async();
                 named_barrier(1, 128);
             }
             const int channel = item % blocks * gemm2_decode_channels;
+            // Under way while the weights are waited for.
+            const float* channel_scales = p.w2_scales + static_cast<i64>(p.tiles[tile]) * p.hidden_size + channel;
+            float channel_scale[2][2];
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+#pragma unroll
+                for (int below = 0; below < 2; ++below) {
+                    channel_scale[half][below] = channel_scales[half * mma_rows + fragment_row(t, 2 * below)];
+                }
+            }
             float d[2][TOKENS / 2];
 #pragma unroll 1
             for (int step = 0; step < steps; ++step) {
@@ -140,21 +181,21 @@ GLM_DEVICE void gemm2_decode(const TensorMap& w2, const Gemm2DecodeArguments& p)
                 if (lane == 0) barrier_arrive(empty + 8 * position.slot);
                 position.advance();
             }
-            const float* channel_scales = p.w2_scales + static_cast<i64>(p.tiles[tile]) * p.hidden_size + channel;
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
 #pragma unroll
                 for (int below = 0; below < 2; ++below) {
                     const int row = half * mma_rows + fragment_row(t, 2 * below);
-                    const float channel_scale = channel_scales[row];
 #pragma unroll
                     for (int group = 0; group < TOKENS / 8; ++group) {
 #pragma unroll
                         for (int i = 0; i < 2; ++i) {
                             const int token = fragment_column(t, 4 * group + i);
                             if (token < size) {
-                                const float value = d[half][4 * group + 2 * below + i] * channel_scale * load_shared_float(scales + 4 * token);
-                                store_shared_u16(staging + token * staging_row_bytes + 2 * row, static_cast<u16>(pack_bf16(value, 0.0f)));
+                                const float value = d[half][4 * group + 2 * below + i] * channel_scale[half][below] *
+                                                    load_shared_float(scales + 4 * token);
+                                store_shared_u16(staging + token * staging_row_bytes + 2 * row,
+                                                 static_cast<u16>(pack_bf16(value, 0.0f)));
                             }
                         }
                     }
@@ -164,7 +205,8 @@ GLM_DEVICE void gemm2_decode(const TensorMap& w2, const Gemm2DecodeArguments& p)
             // 16 threads take a row of 128 channels.
             for (int token = t / 16; token < TOKENS && token < size; token += 8) {
                 const Vector4 v = load_shared_16(staging + token * staging_row_bytes + 16 * (t % 16));
-                store_16(p.partial + static_cast<i64>(p.rows[first_row + token]) * p.hidden_size + channel + 8 * (t % 16), v);
+                const i64 pair = load_shared_int(pairs + 4 * token);
+                store_16(p.partial + pair * p.hidden_size + channel + 8 * (t % 16), v);
             }
             named_barrier(1, 128);
         }
@@ -183,7 +225,7 @@ using namespace glm_hopper;
                                                    hidden_size, intermediate_size});                                            \
     }
 
-GLM_GEMM2_DECODE(glm_gemm2_decode_t8, 8, 6)
-GLM_GEMM2_DECODE(glm_gemm2_decode_t16, 16, 6)
-GLM_GEMM2_DECODE(glm_gemm2_decode_t32, 32, 6)
+GLM_GEMM2_DECODE(glm_gemm2_decode_t8, 8, 12)
+GLM_GEMM2_DECODE(glm_gemm2_decode_t16, 16, 12)
+GLM_GEMM2_DECODE(glm_gemm2_decode_t32, 32, 10)
 GLM_GEMM2_DECODE(glm_gemm2_decode_t64, 64, 6)

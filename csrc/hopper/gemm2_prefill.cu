@@ -1,12 +1,16 @@
 // GEMM2 and the top-k sum for many tokens in one launch, over slices of columns whose partial results stay in L2.
 //
-// Four warpgroups a block. One thread of the first draws GEMM items (128 rows of an expert × COLUMNS columns, slice by slice)
-// from a counter and copies their K steps; two multiply 64 rows each, scale, and scatter bf16 partials by pair; the fourth
-// draws blocks of tokens of finished slices and adds up their choices, choice 0 first. So sums run beside products.
+// Four warpgroups a block. Two multiply 64 rows each of a GEMM item (128 rows of an expert × COLUMNS columns, slice by
+// slice), scale, and scatter bf16 partials by pair; one adds up the choices of a sum item (32 tokens × a slice), choice 0
+// first, beside them. What takes long round trips through memory is left to single threads of the first warpgroup:
+//     the copier draws GEMM items from a counter and copies their K steps;
+//     the herald tells other blocks that a GEMM item's partials are stored;
+//     the foreman draws sum items, waits for their slice's products, and tells when the partials have been read.
 //
 // Waits go one way: a sum waits for its slice's products; a product waits, where its slot of partials was used before, for
-// the sums of that earlier slice. Items are drawn in that order by blocks that are running, and either role moves on
-// without the other, so whatever is smallest and unfinished waits for nothing, however few blocks are resident.
+// the sums of that earlier slice. Items are drawn in that order by blocks that are running, a foreman tells what is
+// finished before it waits, and either side moves on without the other. So whatever is smallest and unfinished waits for
+// nothing, however few blocks are resident.
 #include "barrier.cuh"
 #include "epilogue.cuh"
 #include "mma.cuh"
@@ -19,9 +23,11 @@ constexpr int gemm2_rows = 128;
 constexpr int gemm2_box_rows = 128;  // rows of one TMA box (Map::act_rows, Map::w2_rows)
 constexpr int gemm2_k_step = 128;
 constexpr int gemm2_mma_columns = 128;
-constexpr int gemm2_items = 4;       // ring of drawn items between the first warpgroup and the multiplying ones
+constexpr int gemm2_items = 4;       // ring of GEMM items under way in a block
+constexpr int sum_items_ahead = 2;   // ring of sum items
 constexpr int sum_tokens = 32;       // tokens of one sum item
 constexpr int sum_threads = 128;
+constexpr int no_more = -1;          // an item's number when there are no more
 
 struct Gemm2Arguments {
     const float* act_scales;
@@ -53,11 +59,14 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Gemm2
     constexpr u32 a_bytes = gemm2_rows * gemm2_k_step, b_bytes = COLUMNS * gemm2_k_step, stage_bytes = a_bytes + b_bytes;
     constexpr int consumer_threads = 256, parts = COLUMNS / gemm2_mma_columns;
     constexpr u64 part_step = gemm2_mma_columns * gemm2_k_step >> 4;
-    // In order of their place behind the stages.
+    // In order of their place behind the stages. An item's slot: full when its number is there, stored when every warp has
+    // stored its partials (GEMM) or read them (sum), empty when it may be filled again.
     const u32 ring = align_up(shared_base(), atom_bytes);
     const u32 full = ring + STAGES * stage_bytes, empty = full + 8 * STAGES;
-    const u32 item_full = empty + 8 * STAGES, item_empty = item_full + 8 * gemm2_items;
-    const u32 item_number = item_empty + 8 * gemm2_items, sum_number = item_number + 4 * gemm2_items;
+    const u32 item_full = empty + 8 * STAGES, item_stored = item_full + 8 * gemm2_items;
+    const u32 item_empty = item_stored + 8 * gemm2_items;
+    const u32 sum_full = item_empty + 8 * gemm2_items, sum_read = sum_full + 8 * sum_items_ahead;
+    const u32 item_number = sum_read + 8 * sum_items_ahead, sum_number = item_number + 4 * gemm2_items;
 
     const int thread = thread_index();
     const int warpgroup = warp_uniform(thread / 128);
@@ -70,7 +79,12 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Gemm2
         }
         for (int slot = 0; slot < gemm2_items; ++slot) {
             barrier_init(item_full + 8 * slot, 1);
-            barrier_init(item_empty + 8 * slot, consumer_threads / 32);
+            barrier_init(item_stored + 8 * slot, consumer_threads / 32);
+            barrier_init(item_empty + 8 * slot, 1);
+        }
+        for (int slot = 0; slot < sum_items_ahead; ++slot) {
+            barrier_init(sum_full + 8 * slot, 1);
+            barrier_init(sum_read + 8 * slot, sum_threads / 32);
         }
         barrier_init_done();
     }
@@ -83,27 +97,32 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Gemm2
     const int sum_blocks = divide_up(p.tokens, sum_tokens);
     int* next_item = p.counters;
     int* next_sum = p.counters + 1;
-    int* gemms_done = p.counters + 2;       // [slices], counts warpgroups: two an item
-    int* sums_done = gemms_done + slices;   // [slices], counts blocks of tokens
+    int* gemms_done = p.counters + 2;      // [slices], counts GEMM items
+    int* sums_done = gemms_done + slices;  // [slices], counts sum items
     int* blocks_done = sums_done + slices;  // counts blocks of the grid
     const i64 slot_elements = static_cast<i64>(p.tokens) * p.top_k * p.slice;
     const int steps = divide_up(p.intermediate_size, gemm2_k_step);
     Ring<STAGES> position;
     Ring<gemm2_items> item_position;
+    const int sum_items = sum_blocks * slices;
 
     if (warpgroup == 0) {
         registers_down<40>();
-        if (thread == 0) {
+        if (thread == 0) {  // the copier
             int number = atomic_next(next_item);
+            int summed = 0;  // slices known to be
             while (true) {
                 const bool more = number < gemm_items;
                 barrier_wait(item_empty + 8 * item_position.slot, item_position.parity ^ 1);
-                store_shared_int(item_number + 4 * item_position.slot, more ? number : -1);
+                store_shared_int(item_number + 4 * item_position.slot, more ? number : no_more);
                 Gemm2Item item{};
                 if (more) {
                     item = gemm2_item(number, tiles, p.slice, COLUMNS);
                     // Its slot of partials may still be read by the sums of an earlier slice.
-                    if (item.slice >= p.slots) acquire_at_least(sums_done + item.slice - p.slots, sum_blocks);
+                    if (item.slice - p.slots >= summed) {
+                        acquire_at_least(sums_done + item.slice - p.slots, sum_blocks);
+                        summed = item.slice - p.slots + 1;
+                    }
                 }
                 barrier_arrive(item_full + 8 * item_position.slot);
                 item_position.advance();
@@ -124,6 +143,45 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Gemm2
                     position.advance();
                 }
             }
+        } else if (thread == 32) {  // the herald
+            while (true) {
+                barrier_wait(item_full + 8 * item_position.slot, item_position.parity);
+                const int number = load_shared_int(item_number + 4 * item_position.slot);
+                if (number == no_more) break;
+                barrier_wait(item_stored + 8 * item_position.slot, item_position.parity);
+                release_add(gemms_done + number / in_slice);
+                barrier_arrive(item_empty + 8 * item_position.slot);
+                item_position.advance();
+            }
+        } else if (thread == 64) {  // the foreman
+            Ring<sum_items_ahead> sum_position, read_position;
+            int number = atomic_next(next_sum);
+            int multiplied = 0;   // slices known to be
+            int unread = no_more;  // item handed out before, not yet told to be read
+            auto tell = [&]() {
+                if (unread == no_more) return;
+                barrier_wait(sum_read + 8 * read_position.slot, read_position.parity);
+                read_position.advance();
+                release_add(sums_done + unread / sum_blocks);
+                unread = no_more;
+            };
+            while (number < sum_items) {
+                const int slice = number / sum_blocks;
+                if (slice >= multiplied) {
+                    tell();  // before waiting: somebody may wait for that
+                    acquire_at_least(gemms_done + slice, in_slice);
+                    multiplied = slice + 1;
+                }
+                store_shared_int(sum_number + 4 * sum_position.slot, number);
+                barrier_arrive(sum_full + 8 * sum_position.slot);
+                sum_position.advance();
+                tell();  // of the one before, so that the slot handed out next is free
+                unread = number;
+                number = atomic_next(next_sum);
+            }
+            tell();
+            store_shared_int(sum_number + 4 * sum_position.slot, no_more);
+            barrier_arrive(sum_full + 8 * sum_position.slot);
         }
     } else if (warpgroup < 3) {
         registers_up<176>();
@@ -132,10 +190,7 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Gemm2
         while (true) {
             barrier_wait(item_full + 8 * item_position.slot, item_position.parity);
             const int number = load_shared_int(item_number + 4 * item_position.slot);
-            warp_sync();
-            if (lane == 0) barrier_arrive(item_empty + 8 * item_position.slot);
-            item_position.advance();
-            if (number < 0) break;
+            if (number == no_more) break;
             const Gemm2Item item = gemm2_item(number, tiles, p.slice, COLUMNS);
             const int first_row = p.tiles[p.max_tiles + item.tile] + rows_before;
             const int size = p.tiles[2 * p.max_tiles + item.tile] - rows_before;
@@ -195,29 +250,20 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Gemm2
                     }
                 }
             }
-            // All 128 threads have stored; then one says so.
-            named_barrier(warpgroup, 128);
-            if (t == 0) release_add(gemms_done + item.slice);
+            warp_sync();  // every lane has stored
+            if (lane == 0) barrier_arrive(item_stored + 8 * item_position.slot);
+            item_position.advance();
         }
     } else {
         registers_down<120>();
-        const int t = thread % 128;
+        const int t = thread % 128, lane = thread % 32;
         const int vectors = p.slice / 8;  // of 8 columns
         constexpr int at_once = 2;        // tokens of one thread under way together
-        const int sum_items = sum_blocks * slices;
-        int number = 0, following = 0;
-        if (t == 0) following = atomic_next(next_sum);
+        Ring<sum_items_ahead> sum_position;
         while (true) {
-            if (t == 0) {
-                number = following;
-                // The next number travels while this one is worked on.
-                if (number < sum_items) following = atomic_next(next_sum);
-                if (number < sum_items) acquire_at_least(gemms_done + number / sum_blocks, 2 * in_slice);
-                store_shared_int(sum_number, number);
-            }
-            named_barrier(3, sum_threads);
-            number = load_shared_int(sum_number);
-            if (number >= sum_items) break;
+            barrier_wait(sum_full + 8 * sum_position.slot, sum_position.parity);
+            const int number = load_shared_int(sum_number + 4 * sum_position.slot);
+            if (number == no_more) break;
             const int slice = number / sum_blocks, first_token = number % sum_blocks * sum_tokens;
             const u16* slot = p.partial + (slice % p.slots) * slot_elements;
             for (int work = t; work < sum_tokens / at_once * vectors; work += sum_threads) {
@@ -238,12 +284,14 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Gemm2
                 sum_choices<at_once>(first, p.slice, ids, real, p.experts, p.top_k, sums);
 #pragma unroll
                 for (int i = 0; i < at_once; ++i) {
-                    if (real[i]) store_16(p.out + static_cast<i64>(token[i]) * p.hidden_size + slice * p.slice + 8 * vector, sums[i]);
+                    if (real[i]) {
+                        store_last_16(p.out + static_cast<i64>(token[i]) * p.hidden_size + slice * p.slice + 8 * vector, sums[i]);
+                    }
                 }
             }
-            // Everybody has read its partials; then the slot may be written again. Also frees sum_number.
-            named_barrier(3, sum_threads);
-            if (t == 0) release_add(sums_done + slice);
+            warp_sync();  // every lane has read
+            if (lane == 0) barrier_arrive(sum_read + 8 * sum_position.slot);
+            sum_position.advance();
         }
     }
     // The last block leaves the counters as it found them, for the next launch.

@@ -99,6 +99,12 @@ GLM_DEVICE Vector4 load_fresh_16(const void* pointer) {
 GLM_DEVICE Vector4 load_16(const void* pointer) { return *static_cast<const Vector4*>(pointer); }
 GLM_DEVICE Float2 load_float2(const float* pointer) { return *reinterpret_cast<const Float2*>(pointer); }
 GLM_DEVICE void store_16(void* pointer, Vector4 v) { *static_cast<Vector4*>(pointer) = v; }
+// What nobody reads soon: leaves L2 first, so that it does not displace partial results.
+GLM_DEVICE void store_last_16(void* pointer, Vector4 v) {
+    asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(pointer), "r"(v.word[0]), "r"(v.word[1]), "r"(v.word[2]),
+                 "r"(v.word[3])
+                 : "memory");
+}
 GLM_DEVICE void store_8(void* pointer, Vector2 v) { *static_cast<Vector2*>(pointer) = v; }
 
 GLM_DEVICE int atomic_next(int* counter) { return atomicAdd(counter, 1); }

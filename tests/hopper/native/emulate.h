@@ -79,6 +79,7 @@ Vector4 load_fresh_16(const void* pointer);
 Vector4 load_16(const void* pointer);
 Float2 load_float2(const float* pointer);
 void store_16(void* pointer, Vector4 value);
+inline void store_last_16(void* pointer, Vector4 value) { store_16(pointer, value); }
 void store_8(void* pointer, Vector2 value);
 int atomic_next(int* counter);
 inline int atomic_next_ordered(int* counter) { return atomic_next(counter); }
