@@ -35,7 +35,8 @@ DECODE_WIDTH = 1536  # the widest rows that glm_gemm2_decode_* holds
 @dataclass(frozen=True)
 class HopperConfig:
     """Kernels by name. `slice`: columns whose partials exist at once, a power of two; `slots`: slices in flight; both for
-    glm_gemm2_sum_* only. `programmatic`: a decode kernel may start while the one before it ends."""
+    glm_gemm2_sum_* only. `programmatic`: a kernel that knows how may start while the one before it ends, be
+    that one of the prologue."""
 
     gemm1: str
     gemm2: str
@@ -98,10 +99,10 @@ def triton_config(config: HopperConfig, native: Native) -> Config:
     if (first.family, second.family) == (Family.GEMM1, Family.GEMM2):
         kind = "row" if _writes_rows(first) else "tile"
         gemm2 = Gemm2("fused", second.tile_rows, strip=128, slice=config.slice, slots=config.slots, requantise=True)
-        return Config(gemm1=Gemm1(kind, first.tile_rows), gemm2=gemm2)  # type: ignore[arg-type]
+        return Config(gemm1=Gemm1(kind, first.tile_rows), gemm2=gemm2, pdl=config.programmatic)  # type: ignore[arg-type]
     if (first.family, second.family) == (Family.GEMM1_DECODE, Family.GEMM2_DECODE):
         gemm2 = Gemm2("resident", second.tile_rows, slice=0, requantise=False)
-        return Config(gemm1=Gemm1("stream", first.tile_rows), gemm2=gemm2)
+        return Config(gemm1=Gemm1("stream", first.tile_rows), gemm2=gemm2, pdl=config.programmatic)
     raise HopperError(
         f"{config.gemm1} and {config.gemm2} do not go together: take GEMM1 and GEMM2 either both for few tokens "
         "(…_decode_…) or both for many."
