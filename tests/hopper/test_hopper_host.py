@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes as C
 import re
 import subprocess
 from collections.abc import Iterator
@@ -356,6 +357,15 @@ def test_loading_is_allowed_while_a_graph_is_captured(opened: Native, mock: Mock
     mock.native.mock_capture(1)
     opened.load(0, "topk_sum.cu", mock_image("topk_sum.cu"))
     run(opened, "glm_topk_sum", mock)  # the fixture looks for violations
+
+
+def test_another_context_may_be_current_and_stays_so(native: Native, mock: Mock) -> None:
+    mine, current = C.c_void_p(2), C.c_void_p()  # the mock's context of device 1
+    mock.native.cuCtxPushCurrent_v2(mine)
+    assert run(native, "glm_topk_sum", mock, device=0).device == 0
+    assert run(native, "glm_topk_sum", mock, device=1).device == 1
+    mock.native.cuCtxPopCurrent_v2(C.byref(current))
+    assert current.value == mine.value
 
 
 def test_another_card_is_refused(opened: Native, mock: Mock) -> None:
