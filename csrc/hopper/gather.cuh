@@ -1,6 +1,7 @@
 // Gathered rows: 16-byte cp.async from scattered token rows into a swizzled tile, which TMA on Hopper cannot do.
 #pragma once
 
+#include "barrier.cuh"
 #include "swizzle.cuh"
 
 #if defined(__CUDACC__) && !defined(GLM_HOPPER_EMULATE)
@@ -10,8 +11,16 @@ GLM_DEVICE void copy_chunk(u32 target, const u8* source) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
 }
 // This thread's arrival at the barrier, made once its copies so far have landed. Counts as one of the barrier's arrivals.
+// The copies are ordinary writes, so whoever reads them with wgmma fences first. With GLM_GATHER_WAITS the writer waits for
+// its copies and fences instead, as a check on a card: slower, and one side of the fence is beyond doubt.
 GLM_DEVICE void copies_arrive(u32 barrier) {
+#ifdef GLM_GATHER_WAITS
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    fence_proxy_async();
+    barrier_arrive(barrier);
+#else
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+#endif
 }
 
 }  // namespace glm_hopper

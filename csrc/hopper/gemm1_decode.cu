@@ -167,12 +167,12 @@ GLM_DEVICE void gemm1_decode(const TensorMap& w13, const Gemm1DecodeArguments& p
 
 using namespace glm_hopper;
 
-#define GLM_GEMM1_DECODE(name, tokens_per_tile, multiples, stages)                                                              \
-    GLM_KERNEL(256) name(GLM_MAP w13, const u8* tokens, const float* token_scales, const float* w13_scales, u16* act,           \
-                         const int* rows, const int* tiles, const int* counts, int max_tiles, int hidden_size,                  \
-                         int intermediate_size, int top_k) {                                                                    \
-        gemm1_decode<tokens_per_tile, multiples, stages>(w13, {tokens, token_scales, w13_scales, act, rows, tiles, counts,      \
-                                                               max_tiles, hidden_size, intermediate_size, top_k});              \
+#define GLM_GEMM1_DECODE(name, tokens_per_tile, multiples, stages)                                                             \
+    GLM_KERNEL(256) name(GLM_MAP w13, const u8* tokens, const float* token_scales, const float* w13_scales, u16* act,          \
+                         const int* rows, const int* tiles, const int* counts, int max_tiles, int hidden_size,                 \
+                         int intermediate_size, int top_k) {                                                                   \
+        gemm1_decode<tokens_per_tile, multiples, stages>(w13, {tokens, token_scales, w13_scales, act, rows, tiles, counts,     \
+                                                               max_tiles, hidden_size, intermediate_size, top_k});             \
     }
 
 GLM_GEMM1_DECODE(glm_gemm1_decode_t8, 8, 1, 20)

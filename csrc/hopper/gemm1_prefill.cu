@@ -276,13 +276,13 @@ GLM_DEVICE void gemm1_prefill(const TensorMap& w13, const Gemm1Arguments& p) {
 
 using namespace glm_hopper;
 
-#define GLM_GEMM1(attributes, name, columns, cluster, row, promote, stages)                                                     \
-    attributes name(GLM_MAP w13, const u8* tokens, const float* token_scales, const float* w13_scales, void* act,               \
-                    float* act_scales, const int* rows, const int* tiles, const int* counts, int max_tiles, int hidden_size,    \
-                    int intermediate_size, int top_k) {                                                                         \
-        gemm1_prefill<columns, cluster, row, promote, stages>(                                                                  \
-            w13, {tokens, token_scales, w13_scales, act, act_scales, rows, tiles, counts, max_tiles, hidden_size,               \
-                  intermediate_size, top_k});                                                                                   \
+#define GLM_GEMM1(attributes, name, columns, cluster, row, promote, stages)                                                    \
+    attributes name(GLM_MAP w13, const u8* tokens, const float* token_scales, const float* w13_scales, void* act,              \
+                    float* act_scales, const int* rows, const int* tiles, const int* counts, int max_tiles, int hidden_size,   \
+                    int intermediate_size, int top_k) {                                                                        \
+        gemm1_prefill<columns, cluster, row, promote, stages>(                                                                 \
+            w13, {tokens, token_scales, w13_scales, act, act_scales, rows, tiles, counts, max_tiles, hidden_size,              \
+                  intermediate_size, top_k});                                                                                  \
     }
 
 GLM_GEMM1(GLM_KERNEL(384), glm_gemm1_row_c1, 192, 1, true, false, 3)

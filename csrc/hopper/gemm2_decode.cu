@@ -217,12 +217,12 @@ GLM_DEVICE void gemm2_decode(const TensorMap& w2, const Gemm2DecodeArguments& p)
 
 using namespace glm_hopper;
 
-#define GLM_GEMM2_DECODE(name, tokens_per_tile, stages)                                                                         \
-    GLM_KERNEL(256) name(GLM_MAP w2, const u16* act, const float* w2_scales, const float* topk_weights, u16* partial,           \
-                         const int* rows, const int* tiles, const int* counts, int max_tiles, int hidden_size,                  \
-                         int intermediate_size) {                                                                               \
-        gemm2_decode<tokens_per_tile, stages>(w2, {act, w2_scales, topk_weights, partial, rows, tiles, counts, max_tiles,       \
-                                                   hidden_size, intermediate_size});                                            \
+#define GLM_GEMM2_DECODE(name, tokens_per_tile, stages)                                                                        \
+    GLM_KERNEL(256) name(GLM_MAP w2, const u16* act, const float* w2_scales, const float* topk_weights, u16* partial,          \
+                         const int* rows, const int* tiles, const int* counts, int max_tiles, int hidden_size,                 \
+                         int intermediate_size) {                                                                              \
+        gemm2_decode<tokens_per_tile, stages>(w2, {act, w2_scales, topk_weights, partial, rows, tiles, counts, max_tiles,      \
+                                                   hidden_size, intermediate_size});                                           \
     }
 
 GLM_GEMM2_DECODE(glm_gemm2_decode_t8, 8, 12)

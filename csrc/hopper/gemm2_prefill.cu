@@ -211,12 +211,15 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Gemm2
                     }
                 }
                 mma_commit();
-                mma_wait<0>();
-#pragma unroll
-                for (int part = 0; part < parts; ++part) mma_settle(d[part]);
-                if (lane == 0) barrier_arrive(empty + 8 * position.slot);
+                // The step before is done, so its stage is free; this one runs on.
+                mma_wait<1>();
+                if (step > 0 && lane == 0) barrier_arrive(empty + 8 * position.previous());
                 position.advance();
             }
+            mma_wait<0>();
+#pragma unroll
+            for (int part = 0; part < parts; ++part) mma_settle(d[part]);
+            if (lane == 0) barrier_arrive(empty + 8 * position.previous());
             if (size > 0) {
                 const float* scales = p.w2_scales + static_cast<i64>(p.tiles[item.tile]) * p.hidden_size + item.column;
                 u16* slot = p.partial + (item.slice % p.slots) * slot_elements + (item.column - item.slice * p.slice);
@@ -285,7 +288,8 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Gemm2
 #pragma unroll
                 for (int i = 0; i < at_once; ++i) {
                     if (real[i]) {
-                        store_last_16(p.out + static_cast<i64>(token[i]) * p.hidden_size + slice * p.slice + 8 * vector, sums[i]);
+                        const i64 row = static_cast<i64>(token[i]) * p.hidden_size;
+                        store_last_16(p.out + row + slice * p.slice + 8 * vector, sums[i]);
                     }
                 }
             }
@@ -305,14 +309,14 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Gemm2
 
 using namespace glm_hopper;
 
-#define GLM_GEMM2(name, columns, stages)                                                                                        \
-    GLM_KERNEL(512) name(GLM_MAP act, GLM_MAP w2, const float* act_scales, const float* w2_scales, const float* topk_weights,   \
-                         u16* partial, const int* local_ids, u16* out, const int* rows, const int* tiles, const int* counts,    \
-                         int* counters, int tokens, int max_tiles, int hidden_size, int intermediate_size, int experts,         \
-                         int top_k, int slice, int slots) {                                                                     \
-        gemm2_sum<columns, stages>(act, w2, {act_scales, w2_scales, topk_weights, partial, local_ids, out, rows, tiles, counts, \
-                                             counters, tokens, max_tiles, hidden_size, intermediate_size, experts, top_k,       \
-                                             slice, slots});                                                                    \
+#define GLM_GEMM2(name, columns, stages)                                                                                       \
+    GLM_KERNEL(512) name(GLM_MAP act, GLM_MAP w2, const float* act_scales, const float* w2_scales, const float* topk_weights,  \
+                         u16* partial, const int* local_ids, u16* out, const int* rows, const int* tiles, const int* counts,   \
+                         int* counters, int tokens, int max_tiles, int hidden_size, int intermediate_size, int experts,        \
+                         int top_k, int slice, int slots) {                                                                    \
+        gemm2_sum<columns, stages>(act, w2, {act_scales, w2_scales, topk_weights, partial, local_ids, out, rows, tiles, counts,\
+                                             counters, tokens, max_tiles, hidden_size, intermediate_size, experts, top_k,      \
+                                             slice, slots});                                                                   \
     }
 
 GLM_GEMM2(glm_gemm2_sum_n128, 128, 6)

@@ -36,7 +36,8 @@ struct alignas(8) Vector2 {
 #define GLM_HD constexpr
 #endif
 #define GLM_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads, 1)
-#define GLM_CLUSTER_KERNEL(threads, cluster) extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(threads, 1)
+#define GLM_CLUSTER_KERNEL(threads, cluster) \
+    extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(threads, 1)
 #define GLM_MAP const __grid_constant__ TensorMap
 
 #ifdef __CUDACC__
@@ -80,9 +81,15 @@ GLM_DEVICE Vector4 load_shared_16(u32 address) {
                  : "memory");
     return v;
 }
-GLM_DEVICE void store_shared_int(u32 address, int value) { asm volatile("st.shared.s32 [%0], %1;" ::"r"(address), "r"(value) : "memory"); }
-GLM_DEVICE void store_shared_float(u32 address, float value) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory"); }
-GLM_DEVICE void store_shared_u16(u32 address, u16 value) { asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(value) : "memory"); }
+GLM_DEVICE void store_shared_int(u32 address, int value) {
+    asm volatile("st.shared.s32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+GLM_DEVICE void store_shared_float(u32 address, float value) {
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+}
+GLM_DEVICE void store_shared_u16(u32 address, u16 value) {
+    asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(value) : "memory");
+}
 GLM_DEVICE void store_shared_8(u32 address, Vector2 v) {
     asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(v.word[0]), "r"(v.word[1]) : "memory");
 }

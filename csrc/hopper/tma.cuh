@@ -12,15 +12,16 @@ GLM_DEVICE void prefetch_map(const TensorMap& map) {
 
 GLM_DEVICE void copy_box(u32 target, const TensorMap& map, u32 barrier, int c0, int c1) {
     asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(target),
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        " [%0], [%1, {%3, %4}], [%2];" ::"r"(target),
         "l"(reinterpret_cast<u64>(&map)), "r"(barrier), "r"(c0), "r"(c1)
         : "memory");
 }
 
 GLM_DEVICE void copy_box(u32 target, const TensorMap& map, u32 barrier, int c0, int c1, int c2) {
     asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(
-            target),
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        " [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(target),
         "l"(reinterpret_cast<u64>(&map)), "r"(barrier), "r"(c0), "r"(c1), "r"(c2)
         : "memory");
 }

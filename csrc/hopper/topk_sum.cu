@@ -3,7 +3,8 @@
 
 using namespace glm_hopper;
 
-GLM_KERNEL(256) glm_topk_sum(const u16* partial, const int* local_ids, u16* out, int tokens, int hidden_size, int experts, int top_k) {
+GLM_KERNEL(256) glm_topk_sum(const u16* partial, const int* local_ids, u16* out, int tokens, int hidden_size, int experts,
+                             int top_k) {
     allow_next_launch();
     wait_for_previous_launch();
     const int vectors = hidden_size / 8;

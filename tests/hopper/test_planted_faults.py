@@ -119,7 +119,7 @@ def test_planted_fault_is_found(
 ) -> None:
     only = {"glm_gemm1_row": _GEMM1}.get(kernel[:13], file)
     program = changed_kernel(file, text, other, only)
-    options = {"tokens": 150, "hidden": 1024, "slice": 256, "slots": 2, "grid": 2, "experts": 2}
+    options = {"tokens": 150, "hidden": 512, "slice": 128, "slots": 2, "grid": 2, "experts": 2}
     outcomes = (run_check(program, kernel, seed=seed, timing=2 - seed % 2, **options) for seed in range(1, 13))
     assert any(done.returncode for done in outcomes), f"{name}: not found by 12 runs"
 
@@ -128,7 +128,7 @@ def test_planted_fault_is_found(
 def test_unchanged_kernels_pass_the_same_runs(changed_kernel: Callable[..., Path], file: str) -> None:
     kernels = {kernel for _, of_fault, kernel, _, _ in _FAULTS if of_fault == file}
     program = changed_kernel(file, "namespace glm_hopper", "namespace glm_hopper", file)
-    options = {"tokens": 150, "hidden": 1024, "slice": 256, "slots": 2, "grid": 2, "experts": 2}
+    options = {"tokens": 150, "hidden": 512, "slice": 128, "slots": 2, "grid": 2, "experts": 2}
     for kernel in kernels:
         for seed, timing in ((1, 2), (2, 1)):
             done = run_check(program, kernel, seed=seed, timing=timing, **options)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from emulated import KERNELS, NATIVE, ROOT
@@ -40,40 +42,46 @@ def libraries(emulator_object: Path, tmp_path_factory: pytest.TempPathFactory) -
     return launcher, driver
 
 
-def run_case(launcher: str, driver: str, case: int) -> None:
-    """In a process of its own, under Triton's interpreter: one layer against the float64 reference, and each of its steps."""
-    import torch
-
+def run_all(launcher: str, driver: str) -> None:
+    """In a process of its own, under Triton's interpreter: each layer against float64, step by step, a line of JSON a case."""
     from tests.gpu.hopper_stages import check_layer
     from vllm_glm_patch.moe.generators import make_inputs
     from vllm_glm_patch.moe.hopper.backend import HopperConfig
     from vllm_glm_patch.moe.hopper.native import Native
     from vllm_glm_patch.moe.problem import Problem
 
-    tokens, width, experts, global_experts, gemm1, gemm2, routing = _CASES[case]
     native = Native(Path(launcher))
     native.open(driver)
     for source in native.sources:
         native.load(0, source, b"")
-    problem = Problem(tokens, 512, width, experts, global_experts, top_k=2)
-    inputs = make_inputs(problem, 11, routing)  # type: ignore[arg-type]
-    config = HopperConfig(gemm1, gemm2, slice=256, slots=2)
-    report = check_layer(native, inputs, config, multiprocessors=2, stream=lambda: 0)
-    print("\n".join(report.lines))
-    torch.testing.assert_close(torch.tensor(report.wrong), torch.tensor(0))
+    for number, (tokens, width, experts, global_experts, gemm1, gemm2, routing) in enumerate(_CASES):
+        problem = Problem(tokens, 512, width, experts, global_experts, top_k=2)
+        inputs = make_inputs(problem, 11, routing)  # type: ignore[arg-type]
+        config = HopperConfig(gemm1, gemm2, slice=256, slots=2)
+        report = check_layer(native, inputs, config, multiprocessors=2, stream=lambda: 0)
+        print(json.dumps({"case": number, "wrong": report.wrong, "lines": report.lines}), flush=True)
+
+
+@pytest.fixture(scope="module")
+def results(libraries: tuple[Path, Path]) -> tuple[dict[int, dict[str, Any]], str]:
+    """(result of each case that came to an end, what the process printed otherwise)."""
+    pytest.importorskip("torch")
+    pytest.importorskip("triton")
+    code = "import sys; from test_whole_layer_emulated import run_all; run_all(*sys.argv[1:])"
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tests/hopper")))
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-c", code, *map(str, libraries)]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300, check=False)
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return {result["case"]: result for result in found}, f"exit status {done.returncode}: {done.stderr[-3000:]}"
 
 
 @pytest.mark.parametrize("case", range(len(_CASES)), ids=[f"{c[4][4:]}-{c[5][4:]}-{c[6]}" for c in _CASES])
-def test_layer_agrees_with_float64(libraries: tuple[Path, Path], case: int) -> None:
-    pytest.importorskip("torch")
-    pytest.importorskip("triton")
-    code = "import sys; from test_whole_layer_emulated import run_case; run_case(*sys.argv[1:3], int(sys.argv[3]))"
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests/hopper"))),
-        "OMP_NUM_THREADS": "1",
-    }
-    words = [sys.executable, "-c", code, *map(str, libraries), str(case)]
-    done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+def test_layer_agrees_with_float64(results: tuple[dict[int, dict[str, Any]], str], case: int) -> None:
+    found, otherwise = results
+    assert case in found, otherwise
+    lines = found[case]["lines"]
+    assert found[case]["wrong"] == 0, "\n".join(lines)
+    # Every step was compared, and the layer.
+    assert [line.split()[1].rstrip(":") for line in lines if line.startswith("ok")][-1] == "layer"
+    assert len(lines) >= 6
