@@ -12,6 +12,7 @@ Nothing chooses this backend by itself: `op.run` and `run` here take the same ar
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -131,12 +132,12 @@ class HopperPass:
         multiprocessors: int,
         stream: Callable[[], int],
     ) -> None:
-        shared = triton_config(config, native)
+        shared, offsets = _plan(native, problem, config)
         self._native, self._stream = native, stream
         self._device = tensors.hidden.device.index or 0
         self._pass = Pass(problem, shared, tensors, workspace, multiprocessors)
         self._first, self._second = native.by_name[config.gemm1], native.by_name[config.gemm2]
-        self._layer = _layer(problem, config, shared, tensors, workspace, self._pass.max_tiles, multiprocessors)
+        self._layer = _layer(problem, config, offsets, tensors, workspace, self._pass.max_tiles, multiprocessors)
 
     def run(self) -> None:
         """Launch every step on the current stream; GEMM1, GEMM2 and the sum by one C call where nothing lies between.
@@ -202,17 +203,24 @@ def _writes_rows(kernel: Kernel) -> bool:
     return kernel.name.startswith("glm_gemm1_row_")
 
 
+@functools.lru_cache(maxsize=1024)
+def _plan(native: Native, problem: Problem, config: HopperConfig) -> tuple[Config, dict[str, tuple[int, int]]]:
+    """The shared configuration, and where each buffer lies in the workspace: (bytes from its start, bytes)."""
+    shared = triton_config(config, native)
+    return shared, layout(problem, shared).offsets
+
+
 def _layer(
     problem: Problem,
     config: HopperConfig,
-    shared: Config,
+    offsets: dict[str, tuple[int, int]],
     tensors: Tensors,
     workspace: torch.Tensor,
     max_tiles: int,
     multiprocessors: int,
 ) -> Layer:
     """Addresses and sizes as the launcher takes them; the tensors and the workspace must outlive the launches."""
-    base, offsets = workspace.data_ptr(), layout(problem, shared).offsets
+    base = workspace.data_ptr()
 
     def within(name: str) -> int | None:
         return base + offsets[name][0] if name in offsets else None
