@@ -394,6 +394,17 @@ def test_a_driver_that_is_too_old_is_named(built: tuple[Path, Path], tmp_path: P
         Native(built[0]).open(str(tmp_path / "old.so"))
 
 
+def test_a_driver_from_before_12_4_serves_as_well(built: tuple[Path, Path], tmp_path: Path) -> None:
+    flags = ("-O1", "-fPIC", "-shared", "-DMOCK_BEFORE_12_4")
+    old = Mock(compile_cpp(tmp_path / "old.so", [NATIVE / "mock_driver.cpp"], *flags))
+    native = Native(built[0])
+    native.open(old.path)
+    native.load(0, "topk_sum.cu", mock_image("topk_sum.cu"))
+    assert run(native, "glm_topk_sum", old).block == 256
+    native.close()
+    assert (old.violations(), old.native.mock_leaks()) == ("", 0)
+
+
 def test_a_missing_driver_or_library_is_named(built: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(HopperError, match=r"The CUDA driver libcuda_not_there\.so cannot be loaded"):
         Native(built[0]).open("libcuda_not_there.so")
