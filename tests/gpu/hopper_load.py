@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """The Hopper launcher on a real card: cubins load, a kernel runs and is captured, NVRTC compiles once for 8 processes.
 
-hopper_load.py OUT.json          vllm_glm_patch from its wheel, built with nvcc; the torch that is there brings NVRTC
+hopper_load.py OUT.json [NVRTC ...]     vllm_glm_patch from its wheel, built with nvcc; the torch that is there brings NVRTC,
+                                        and others may be named, such as the libnvrtc.so.12 of another torch
 
 Each case runs in a child. `topk_sum`, whose result torch knows bit for bit, stands for all kernels; the whole layer is then
 compared with float64 for each default configuration. COMMIT names the commit in what is written.
@@ -169,13 +170,13 @@ def graph() -> dict[str, Any]:
     return {"loaded_in_a_capture": True, "replays": 3}
 
 
-def nvrtc_child(go: str) -> dict[str, Any]:
-    """One of 8: the kernels compiled by torch's NVRTC, out of the shared cache, loaded and right."""
+def nvrtc_child(go: str, path: str) -> dict[str, Any]:
+    """One of 8: the kernels compiled by torch's NVRTC or the one named, out of the shared cache, loaded and right."""
     from vllm_glm_patch.moe.hopper import cache, library
     from vllm_glm_patch.moe.hopper.native import Native
-    from vllm_glm_patch.moe.hopper.nvrtc import find
+    from vllm_glm_patch.moe.hopper.nvrtc import Nvrtc, find
 
-    nvrtc, native, made = find(), Native(), []
+    nvrtc, native, made = Nvrtc(path) if path else find(), Native(), []
     compile_one = nvrtc.compile
 
     def counted(name: str, *rest: Any) -> bytes:
@@ -193,13 +194,13 @@ def nvrtc_child(go: str) -> dict[str, Any]:
     return {"nvrtc": nvrtc.path, "compiler": loader.compiler(0), "seconds": round(seconds, 2), "compiled": len(made)}
 
 
-def nvrtc_for_eight() -> dict[str, Any]:
+def nvrtc_for_eight(path: str = "") -> dict[str, Any]:
     """Eight processes at once, then one more, over an empty cache."""
     with tempfile.TemporaryDirectory() as folder:
         env = {**os.environ, "VLLM_GLM_PATCH_CACHE": f"{folder}/cache"}
 
         def start(go: str) -> subprocess.Popen[str]:
-            command = [sys.executable, __file__, "--nvrtc-child", go]
+            command = [sys.executable, __file__, "--nvrtc-child", go, path]
             return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
 
         workers = [start(f"{folder}/go") for _ in range(8)]
@@ -269,7 +270,7 @@ def within(seconds: int, case: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> int:
     if sys.argv[1] == "--nvrtc-child":
-        print(json.dumps(nvrtc_child(sys.argv[2])))
+        print(json.dumps(nvrtc_child(*sys.argv[2:])))
         return 0
     cases: dict[str, Callable[[], dict[str, Any]]] = {
         "packaged": load_packaged,
@@ -277,6 +278,7 @@ def main() -> int:
         "overhead": overhead,
         "graph": graph,
         "nvrtc": nvrtc_for_eight,
+        **{f"nvrtc {path}": functools.partial(nvrtc_for_eight, path) for path in sys.argv[2:]},
         "layers": layers,
     }
     report: dict[str, Any] = {}
