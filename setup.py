@@ -18,6 +18,8 @@ ROOT = Path(__file__).parent
 # Which nvcc makes the cubins: a path; "package": the Python package nvidia-cuda-nvcc, which pip then gets for the build;
 # "none": no cubins. Unset: the system's, else the package where this Python has it, else none.
 NVCC = os.environ.get("GLM_HOPPER_NVCC", "")
+# Of one version: the package leaves its parts' versions open, and a newer one's output is refused by an older ptxas.
+NVCC_PACKAGES = [f"nvidia-{part}==13.0.*" for part in ("cuda-nvcc", "nvvm", "cuda-crt", "cuda-runtime")]
 
 
 def find_nvcc() -> str:
@@ -78,7 +80,7 @@ setup(
     package_dir={"vllm_glm_patch.patches": "patches"},
     package_data={"vllm_glm_patch": ["py.typed", "moe/tuned/*.json"], "vllm_glm_patch.patches": ["*.toml"]},
     ext_modules=[CMakeExtension(ROOT)],
-    setup_requires=["nvidia-cuda-nvcc>=13"] if NVCC == "package" else [],
+    setup_requires=NVCC_PACKAGES if NVCC == "package" else [],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": AnyPythonWheel},
     distclass=WithNativeParts,
 )

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """The Hopper launcher on a real card: cubins load, a kernel runs and is captured, NVRTC compiles once for 8 processes.
 
-hopper_load.py OUT.json          vllm_glm_patch from its wheel, built with nvcc; the torch that is there brings NVRTC
+hopper_load.py OUT.json [NVRTC ...]     vllm_glm_patch from its wheel, built with nvcc; the torch that is there brings NVRTC,
+                                        and others may be named, such as the libnvrtc.so.12 of another torch
 
 Each case runs in a child. `topk_sum`, whose result torch knows bit for bit, stands for all kernels; the whole layer is then
 compared with float64 for each default configuration. COMMIT names the commit in what is written.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -168,13 +170,13 @@ def graph() -> dict[str, Any]:
     return {"loaded_in_a_capture": True, "replays": 3}
 
 
-def nvrtc_child(go: str) -> dict[str, Any]:
-    """One of 8: the kernels compiled by torch's NVRTC, out of the shared cache, loaded and right."""
+def nvrtc_child(go: str, path: str) -> dict[str, Any]:
+    """One of 8: the kernels compiled by torch's NVRTC or the one named, out of the shared cache, loaded and right."""
     from vllm_glm_patch.moe.hopper import cache, library
     from vllm_glm_patch.moe.hopper.native import Native
-    from vllm_glm_patch.moe.hopper.nvrtc import find
+    from vllm_glm_patch.moe.hopper.nvrtc import Nvrtc, find
 
-    nvrtc, native, made = find(), Native(), []
+    nvrtc, native, made = Nvrtc(path) if path else find(), Native(), []
     compile_one = nvrtc.compile
 
     def counted(name: str, *rest: Any) -> bytes:
@@ -192,13 +194,13 @@ def nvrtc_child(go: str) -> dict[str, Any]:
     return {"nvrtc": nvrtc.path, "compiler": loader.compiler(0), "seconds": round(seconds, 2), "compiled": len(made)}
 
 
-def nvrtc_for_eight() -> dict[str, Any]:
+def nvrtc_for_eight(path: str = "") -> dict[str, Any]:
     """Eight processes at once, then one more, over an empty cache."""
     with tempfile.TemporaryDirectory() as folder:
         env = {**os.environ, "VLLM_GLM_PATCH_CACHE": f"{folder}/cache"}
 
         def start(go: str) -> subprocess.Popen[str]:
-            command = [sys.executable, __file__, "--nvrtc-child", go]
+            command = [sys.executable, __file__, "--nvrtc-child", go, path]
             return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
 
         workers = [start(f"{folder}/go") for _ in range(8)]
@@ -212,8 +214,8 @@ def nvrtc_for_eight() -> dict[str, Any]:
     return {"eight": answers, "later": again}
 
 
-def layers(intermediate_size: int, experts: int) -> dict[str, Any]:
-    """Whole layers in their default configuration against float64, twice for the same bits, and captured.
+def layers() -> dict[str, Any]:
+    """Whole layers of one TP8 rank in their default configuration against float64, twice for the same bits, and captured.
 
     Times are of one input again and again, which flatters 1 and 2 tokens: their weights stay in L2.
     """
@@ -227,11 +229,10 @@ def layers(intermediate_size: int, experts: int) -> dict[str, Any]:
     from vllm_glm_patch.moe.reference import fused_moe, relative_error
     from vllm_glm_patch.moe.timing import median_us
 
-    shape = Problem(1, intermediate_size=intermediate_size, experts=experts, global_experts=experts)
-    weights = make_weights(shape, torch.Generator("cuda").manual_seed(1))
+    weights = make_weights(Problem(1), torch.Generator("cuda").manual_seed(1))
     rows: dict[str, Any] = {}
     for tokens in (1, 2, 17, 64, 129, 1024, 4096, 8191, 8192):
-        problem = Problem(tokens, intermediate_size=intermediate_size, experts=experts, global_experts=experts)
+        problem = Problem(tokens)
         reason = backend.why_not(problem, "cuda:0")
         if reason:
             raise AssertionError(reason)
@@ -239,7 +240,7 @@ def layers(intermediate_size: int, experts: int) -> dict[str, Any]:
         inputs = make_inputs(problem, 2, "spread", "cuda", weights)
         hidden, w13, w2, s13, s2, topk_weights, ids = inputs.positional()
         out = torch.full_like(hidden, float("nan"))
-        tensors = Tensors(hidden, w13, w2, s13.view(experts, -1), s2.view(experts, -1), topk_weights, ids, None, out)
+        tensors = Tensors(hidden, w13, w2, s13, s2, topk_weights, ids, None, out)
         workspace = torch.full((backend.workspace_bytes(problem, config),), 0xFF, dtype=torch.uint8, device="cuda")
         call = functools.partial(backend.run, problem, config, read_card(0), tensors, workspace)
         call()
@@ -254,12 +255,22 @@ def layers(intermediate_size: int, experts: int) -> dict[str, Any]:
             "graph_us": round(microseconds, 1),
             "workspace": workspace.numel(),
         }
+    wrong = {tokens: row for tokens, row in rows.items() if not (row["good"] and row["same_bits"])}
+    if wrong:
+        raise AssertionError(f"wrong at {', '.join(wrong)} tokens: {json.dumps(rows)}")
     return {"layers": rows, "cache": backend.loader().native.cache_stats().__dict__}
+
+
+def within(seconds: int, case: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The case, in a process that ends where a kernel hangs: SIGALRM's own way, since Python may be waiting for the card."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(seconds)
+    return case()
 
 
 def main() -> int:
     if sys.argv[1] == "--nvrtc-child":
-        print(json.dumps(nvrtc_child(sys.argv[2])))
+        print(json.dumps(nvrtc_child(*sys.argv[2:])))
         return 0
     cases: dict[str, Callable[[], dict[str, Any]]] = {
         "packaged": load_packaged,
@@ -267,13 +278,12 @@ def main() -> int:
         "overhead": overhead,
         "graph": graph,
         "nvrtc": nvrtc_for_eight,
-        "layers_tp8": functools.partial(layers, 192, EXPERTS),
-        "layers_tp4": functools.partial(layers, 384, 40),
-        "layers_ep8": functools.partial(layers, 1536, 20),
+        **{f"nvrtc {path}": functools.partial(nvrtc_for_eight, path) for path in sys.argv[2:]},
+        "layers": layers,
     }
     report: dict[str, Any] = {}
     for name, case in cases.items():
-        report[name] = children.run(case)
+        report[name] = children.run(functools.partial(within, 120, case))
         print(name, json.dumps(report[name]), flush=True)
         Path(sys.argv[1]).write_text(json.dumps(report, indent=1) + "\n")
     return int(any(case["outcome"] != "ok" for case in report.values()))

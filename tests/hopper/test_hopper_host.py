@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes as C
 import re
 import subprocess
 from collections.abc import Iterator
@@ -358,6 +359,15 @@ def test_loading_is_allowed_while_a_graph_is_captured(opened: Native, mock: Mock
     run(opened, "glm_topk_sum", mock)  # the fixture looks for violations
 
 
+def test_another_context_may_be_current_and_stays_so(native: Native, mock: Mock) -> None:
+    mine, current = C.c_void_p(2), C.c_void_p()  # the mock's context of device 1
+    mock.native.cuCtxPushCurrent_v2(mine)
+    assert run(native, "glm_topk_sum", mock, device=0).device == 0
+    assert run(native, "glm_topk_sum", mock, device=1).device == 1
+    mock.native.cuCtxPopCurrent_v2(C.byref(current))
+    assert current.value == mine.value
+
+
 def test_another_card_is_refused(opened: Native, mock: Mock) -> None:
     mock.native.mock_capability(10)
     with pytest.raises(HopperError, match=r"compute capability 10\.0; these kernels are for 9\.0"):
@@ -382,6 +392,17 @@ def test_a_driver_that_is_too_old_is_named(built: tuple[Path, Path], tmp_path: P
     subprocess.run(["gcc", "-shared", "-o", tmp_path / "old.so", tmp_path / "old.c"], check=True)
     with pytest.raises(HopperError, match=r"the driver has no cuGetErrorName; install a driver for CUDA 12\.0"):
         Native(built[0]).open(str(tmp_path / "old.so"))
+
+
+def test_a_driver_from_before_12_4_serves_as_well(built: tuple[Path, Path], tmp_path: Path) -> None:
+    flags = ("-O1", "-fPIC", "-shared", "-DMOCK_BEFORE_12_4")
+    old = Mock(compile_cpp(tmp_path / "old.so", [NATIVE / "mock_driver.cpp"], *flags))
+    native = Native(built[0])
+    native.open(old.path)
+    native.load(0, "topk_sum.cu", mock_image("topk_sum.cu"))
+    assert run(native, "glm_topk_sum", old).block == 256
+    native.close()
+    assert (old.violations(), old.native.mock_leaks()) == ("", 0)
 
 
 def test_a_missing_driver_or_library_is_named(built: tuple[Path, Path], tmp_path: Path) -> None:

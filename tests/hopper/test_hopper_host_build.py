@@ -87,3 +87,19 @@ def test_the_package_of_nvcc_is_found_and_the_systems_goes_first(tmp_path: Path)
     assert find_nvcc(tmp_path, GLM_HOPPER_NVCC="package") == str(packaged)
     assert find_nvcc(tmp_path, CUDA_HOME=str(tmp_path / "toolkit")) == str(system)
     assert find_nvcc(tmp_path, CUDA_HOME=str(tmp_path / "toolkit"), GLM_HOPPER_NVCC="none") == "none"
+
+
+@pytest.mark.parametrize(("chosen", "wanted"), [("package", True), ("none", False), ("", False)])
+def test_the_build_asks_for_nvccs_package_only_where_that_is_chosen(chosen: str, wanted: bool, tmp_path: Path) -> None:
+    pytest.importorskip("setuptools", "77")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "patches").mkdir()
+    (tmp_path / "vllm_glm_patch").mkdir()
+    (tmp_path / "vllm_glm_patch/__init__.py").touch()
+    shutil.copy(ROOT / "vllm_glm_patch/version.py", tmp_path / "vllm_glm_patch")
+    code = "import setuptools.build_meta as backend; print('asked', *backend.get_requires_for_build_wheel())"
+    env = {**os.environ, "GLM_HOPPER_NVCC": chosen}
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, text=True, capture_output=True, check=True)
+    asked = [line for line in done.stdout.splitlines() if line.startswith("asked")][-1]
+    assert [name in asked for name in ("nvidia-cuda-nvcc==13.0.*", "nvidia-nvvm==13.0.*")] == [wanted, wanted]

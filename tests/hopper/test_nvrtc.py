@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from hopper_host import CSRC, argument_sizes, cubin_arguments, table
+from hopper_host import CSRC, ROOT, argument_sizes, cubin_arguments, table
 
 from vllm_glm_patch.moe.hopper import library
 from vllm_glm_patch.moe.hopper.errors import HopperError
@@ -110,3 +112,26 @@ def test_the_same_source_gives_the_same_cubin(path: Path | None) -> None:
     options = (*library.flags_of(sources), *library.NVRTC_FLAGS)
     one, two = (nvrtc.compile("topk_sum.cu", sources["topk_sum.cu"], headers, options) for _ in range(2))
     assert one == two
+
+
+@any_nvrtc
+def test_it_is_found_beside_a_torch_and_compiles(path: Path | None, tmp_path: Path) -> None:
+    """In a process whose torch is a stand-in with this NVRTC where torch's distribution of its CUDA version has it."""
+    nvrtc = needs_nvrtc(path)
+    folder = "nvidia/cuda_nvrtc/lib" if nvrtc.version[0] < 13 else f"nvidia/cu{nvrtc.version[0]}/lib"
+    version = ".".join(map(str, nvrtc.version))
+    torch = place(tmp_path)
+    (torch / "__init__.py").write_text(f"__version__ = '2'\nclass version:\n    cuda = {version!r}\n")
+    (tmp_path / folder).parent.mkdir(parents=True)
+    (tmp_path / folder).symlink_to(Path(nvrtc.path).parent)
+    code = (
+        "import pathlib; from vllm_glm_patch.moe.hopper import library; from vllm_glm_patch.moe.hopper.nvrtc import find;"
+        f"nvrtc = find(); images = library.compiled(nvrtc, library.read_sources(pathlib.Path({str(CSRC)!r})),"
+        f" pathlib.Path({str(tmp_path / 'cache')!r})); print(nvrtc.path, *images.files)"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path), str(ROOT)])}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found, *sources = done.stdout.split()
+    assert found.startswith(str(tmp_path / folder))
+    assert set(sources) == {row.source for row in table()}

@@ -206,6 +206,26 @@ def test_the_variable_says_where(tmp_path: Path) -> None:
     assert cache.root({}) == Path.home() / ".cache/vllm_glm_patch"
 
 
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(HopperError, match=r"no place for compiled kernels: .* Set VLLM_GLM_PATCH_CACHE"):
+        cache.root({})
+
+
+def test_a_file_system_without_locks_is_named(ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    import filelock
+
+    def no_locks(self: object) -> None:
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr(filelock.FileLock, "_acquire", no_locks)
+    with pytest.raises(HopperError, match=r"does not appear to support flock\. Set VLLM_GLM_PATCH_CACHE"):
+        ask()
+
+
 def test_a_compiler_that_fails_leaves_no_entry(ask, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object) -> bytes:
         raise HopperError("the log")

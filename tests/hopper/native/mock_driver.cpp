@@ -1,6 +1,7 @@
 // A stand-in for libcuda.so.1 under the Hopper launcher. An image is text, a line a kernel: its name, its static shared
 // memory, and the bytes of each argument; or "refuse CODE". A map holds what it was made of. Launches are kept for the
-// thread that made them, with their arguments copied. Calls that CUDA would forbid are counted as violations.
+// thread that made them, with their arguments copied. Calls that CUDA would forbid are counted as violations. With
+// MOCK_BEFORE_12_4 it lacks what drivers have from CUDA 12.4 on.
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -154,12 +155,14 @@ MOCK int cuModuleGetFunction(void** function, void* module, const char* name) {
   *function = &found->second;
   return kOk;
 }
+#ifndef MOCK_BEFORE_12_4
 MOCK int cuFuncLoad(void* function) {
   Lock lock(mutex);
   unsafe("cuFuncLoad");
   static_cast<MockKernel*>(function)->loaded = true;
   return kOk;
 }
+#endif
 MOCK int cuFuncGetAttribute(int* value, int attribute, void* function) {
   Lock lock(mutex);
   *value = attribute == 1 ? static_cast<MockKernel*>(function)->shared : attribute == 4 ? 168 : 0;
@@ -172,6 +175,7 @@ MOCK int cuFuncSetAttribute(void* function, int attribute, int value) {
   kernel->dynamic_limit = value;
   return called("cuFuncSetAttribute");
 }
+#ifndef MOCK_BEFORE_12_4
 MOCK int cuFuncGetParamInfo(void* function, size_t index, size_t* offset, size_t* size) {
   Lock lock(mutex);
   auto& sizes = static_cast<MockKernel*>(function)->sizes;
@@ -180,6 +184,7 @@ MOCK int cuFuncGetParamInfo(void* function, size_t index, size_t* offset, size_t
   *size = sizes[index];
   return kOk;
 }
+#endif
 MOCK int cuTensorMapEncodeTiled(void* map, int type, unsigned rank, void* base, const uint64_t* dims, const uint64_t* strides,
                                 const unsigned* box, const unsigned* ones, int interleave, int swizzle, int promotion,
                                 int fill) {
@@ -205,7 +210,9 @@ MOCK int cuLaunchKernelEx(const glm_hopper::LaunchConfig* config, void* function
   if (int failed = called("cuLaunchKernelEx")) return failed;
   auto kernel = static_cast<MockKernel*>(function);
   if (current() < 0) return kInvalidContext;
+#ifndef MOCK_BEFORE_12_4
   if (!kernel->loaded) violate(kernel->name + " is launched and was not loaded before");
+#endif
   if (extra || int(config->shared_bytes) > kernel->dynamic_limit || !config->grid_x) return kInvalidValue;
   Launch launch{kernel->name, *config, {config->attributes, config->attributes + config->attribute_count}, {}, current()};
   for (size_t i = 0; i < kernel->sizes.size(); ++i) {

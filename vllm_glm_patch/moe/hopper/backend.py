@@ -12,6 +12,7 @@ Nothing chooses this backend by itself: `op.run` and `run` here take the same ar
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -35,7 +36,8 @@ DECODE_WIDTH = 1536  # the widest rows that glm_gemm2_decode_* holds
 @dataclass(frozen=True)
 class HopperConfig:
     """Kernels by name. `slice`: columns whose partials exist at once, a power of two; `slots`: slices in flight; both for
-    glm_gemm2_sum_* only. `programmatic`: a decode kernel may start while the one before it ends."""
+    glm_gemm2_sum_* only. `programmatic`: a kernel that knows how may start while the one before it ends, be
+    that one of the prologue."""
 
     gemm1: str
     gemm2: str
@@ -98,10 +100,10 @@ def triton_config(config: HopperConfig, native: Native) -> Config:
     if (first.family, second.family) == (Family.GEMM1, Family.GEMM2):
         kind = "row" if _writes_rows(first) else "tile"
         gemm2 = Gemm2("fused", second.tile_rows, strip=128, slice=config.slice, slots=config.slots, requantise=True)
-        return Config(gemm1=Gemm1(kind, first.tile_rows), gemm2=gemm2)  # type: ignore[arg-type]
+        return Config(gemm1=Gemm1(kind, first.tile_rows), gemm2=gemm2, pdl=config.programmatic)  # type: ignore[arg-type]
     if (first.family, second.family) == (Family.GEMM1_DECODE, Family.GEMM2_DECODE):
         gemm2 = Gemm2("resident", second.tile_rows, slice=0, requantise=False)
-        return Config(gemm1=Gemm1("stream", first.tile_rows), gemm2=gemm2)
+        return Config(gemm1=Gemm1("stream", first.tile_rows), gemm2=gemm2, pdl=config.programmatic)
     raise HopperError(
         f"{config.gemm1} and {config.gemm2} do not go together: take GEMM1 and GEMM2 either both for few tokens "
         "(…_decode_…) or both for many."
@@ -130,12 +132,12 @@ class HopperPass:
         multiprocessors: int,
         stream: Callable[[], int],
     ) -> None:
-        shared = triton_config(config, native)
+        shared, offsets = _plan(native, problem, config)
         self._native, self._stream = native, stream
         self._device = tensors.hidden.device.index or 0
         self._pass = Pass(problem, shared, tensors, workspace, multiprocessors)
         self._first, self._second = native.by_name[config.gemm1], native.by_name[config.gemm2]
-        self._layer = _layer(problem, config, shared, tensors, workspace, self._pass.max_tiles, multiprocessors)
+        self._layer = _layer(problem, config, offsets, tensors, workspace, self._pass.max_tiles, multiprocessors)
 
     def run(self) -> None:
         """Launch every step on the current stream; GEMM1, GEMM2 and the sum by one C call where nothing lies between.
@@ -201,17 +203,24 @@ def _writes_rows(kernel: Kernel) -> bool:
     return kernel.name.startswith("glm_gemm1_row_")
 
 
+@functools.lru_cache(maxsize=1024)
+def _plan(native: Native, problem: Problem, config: HopperConfig) -> tuple[Config, dict[str, tuple[int, int]]]:
+    """The shared configuration, and where each buffer lies in the workspace: (bytes from its start, bytes)."""
+    shared = triton_config(config, native)
+    return shared, layout(problem, shared).offsets
+
+
 def _layer(
     problem: Problem,
     config: HopperConfig,
-    shared: Config,
+    offsets: dict[str, tuple[int, int]],
     tensors: Tensors,
     workspace: torch.Tensor,
     max_tiles: int,
     multiprocessors: int,
 ) -> Layer:
     """Addresses and sizes as the launcher takes them; the tensors and the workspace must outlive the launches."""
-    base, offsets = workspace.data_ptr(), layout(problem, shared).offsets
+    base = workspace.data_ptr()
 
     def within(name: str) -> int | None:
         return base + offsets[name][0] if name in offsets else None

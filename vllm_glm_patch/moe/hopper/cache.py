@@ -28,11 +28,19 @@ _STALE = 3600.0  # seconds after which an unfinished entry is one of a process t
 
 
 def root(environ: Mapping[str, str] = os.environ) -> Path:
-    """The folder that VLLM_GLM_PATCH_CACHE names, else vllm_glm_patch in the user's cache folder."""
+    """The folder that VLLM_GLM_PATCH_CACHE names, else vllm_glm_patch in the user's cache folder.
+
+    Raises:
+        HopperError: there is neither, nor a home.
+    """
     if named := environ.get(VARIABLE):
         return Path(named).absolute()
-    base = environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base).absolute() / "vllm_glm_patch"
+    if base := environ.get("XDG_CACHE_HOME"):
+        return Path(base).absolute() / "vllm_glm_patch"
+    try:
+        return Path.home() / ".cache" / "vllm_glm_patch"
+    except RuntimeError as error:
+        raise HopperError(f"There is no place for compiled kernels: {error} Set {VARIABLE} to a folder of your own.") from None
 
 
 def owned_folder(path: Path) -> Path:
@@ -124,7 +132,7 @@ def get(
             f"Another process has held {folder / key}.lock for {PATIENCE:.0f} s, which is longer than kernels take to compile. "
             "See which (fuser), end it, and start again."
         ) from None
-    except OSError as error:
+    except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
         raise HopperError(f"Compiled kernels cannot be kept in {folder}: {error}. Set {VARIABLE} to another folder.") from None
     if (files := known()) is None:
         raise HopperError(f"{entry} does not hold what was just written there. Check that file system, or set {VARIABLE}.")
