@@ -54,12 +54,15 @@ def make_result(**changes: Any) -> dict[str, Any]:
             "order": "ABBA",
             "repeats": 1,
             "warmups": 1,
-            "points": [{"case": c, "concurrency": n, "request_rate": None, "flags": []} for c, n in loads],
+            "minutes": None,
+            "groups": [],
+            "points": [{"case": c, "concurrency": n, "request_rate": None, "prompts": 4, "flags": []} for c, n in loads],
         },
         "servers": [
             {
                 "leg": leg,
                 "side": side,
+                "cards": None,
                 "status": "ended",
                 "startup_s": 30.0 + leg,
                 "kv_cache_tokens": 4096,

@@ -19,7 +19,7 @@ from command_line import Result, run
 from vllm_glm_patch.errors import UserError
 from vllm_glm_patch.tools.bench import result as results
 from vllm_glm_patch.tools.bench import server
-from vllm_glm_patch.tools.bench.plan import make_points
+from vllm_glm_patch.tools.bench.cases import make_points
 
 ROOT = Path(__file__).parents[2]
 FAKE = Path(__file__).with_name("fake_vllm_command.py")
@@ -132,6 +132,44 @@ def test_rows_have_both_sides_their_ratio_and_the_servers(bench: Bench) -> None:
     assert row_of(result, "startup_s", case="server")["ratio"] > 0
 
 
+def test_warm_ups_do_not_wait_between_requests_and_give_short_answers(bench: Bench) -> None:
+    assert bench("--order", "AB", "--request-rate", 50, *FEW, "--random-output-len", 512).code == 0
+    warming, measuring, *_ = (call for call in bench.calls() if call[0] == "client")
+    assert ("--request-rate" in warming, "--request-rate" in measuring) == (False, True)
+    assert (value_in(warming, "--random-output-len"), value_in(measuring, "--random-output-len")) == ("32", "512")
+
+
+def test_what_there_is_no_time_for_is_left_out_on_both_sides_and_told(bench: Bench) -> None:
+    loads = ",".join(map(str, range(1, 21)))
+    assert bench(*QUICK, "--minutes", 0.1, "--concurrency", loads, *FEW, trouble={"seconds": 0.7}).code == 0
+    result = bench.result()
+    measured = {side: [r["concurrency"] for r in result["runs"] if r["side"] == side] for side in ("upstream", "patched")}
+    assert 1 <= len(measured["patched"]) <= len(measured["upstream"]) < 20
+    assert set(measured["patched"]) <= set(measured["upstream"])
+    assert not result["complete"]
+    assert result["findings"][0].startswith("upstream, server 1: no time was left for random, concurrency ")
+
+
+def test_two_groups_of_cards_serve_both_sides_at_once_and_each_side_once(bench: Bench) -> None:
+    assert bench("--warmups", 0, "--groups", "0-1,2+4", *FEW).code == 0
+    result = bench.result()
+    assert result["complete"]
+    served = sorted((one["leg"], one["side"], one["cards"]) for one in result["servers"])
+    assert served == [(1, "upstream", "0,1"), (2, "patched", "2,4"), (3, "patched", "0,1"), (4, "upstream", "2,4")]
+    for one in result["servers"]:
+        assert f"cards {one['cards']}\n" in (bench.out / one["log"]).read_text()
+    kinds = ["client" if call[0] == "client" else "server" for call in bench.calls()]
+    assert kinds == 2 * ["server", "server", "client", "client"]
+    assert row_of(result, "median_ttft_ms")["patched_runs"] == 2
+
+
+def test_flags_that_one_of_two_servers_does_not_take_end_both(bench: Bench) -> None:
+    answer = bench("--no-such-flag", *QUICK, "--groups", "0,1", *FEW)
+    assert answer.code == 2
+    assert "unrecognized arguments: --no-such-flag" in answer.err
+    assert living_with("--no-such-flag") == []
+
+
 def test_json_prints_the_result_and_nothing_else(bench: Bench) -> None:
     assert bench(*QUICK, "--json", *FEW).json() == bench.result()
 
@@ -186,10 +224,16 @@ def test_a_package_that_the_client_lacks_is_named(bench: Bench, monkeypatch: pyt
     assert "needs pandas, which is not installed" in answer.err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_an_interruption_keeps_what_is_measured_and_ends_the_server(bench: Bench, number: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("number", "options"),
+    [(signal.SIGINT, ()), (signal.SIGTERM, ()), (signal.SIGINT, ("--groups", "0,1"))],
+    ids=["SIGINT", "SIGTERM", "groups"],
+)
+def test_an_interruption_keeps_what_is_measured_and_ends_the_servers(
+    bench: Bench, number: signal.Signals, options: tuple[str, ...]
+) -> None:
     environment = {**os.environ, "FAKE_VLLM": json.dumps({"seconds": 1}), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "vllm_glm_patch", "bench", "serve", "model", "--out", str(bench.out)]
+    command = [sys.executable, "-m", "vllm_glm_patch", "bench", "serve", "model", "--out", str(bench.out), *options]
     command += ["--warmups", "0", "--repeats", "50", "--", "--num-prompts", "2"]
     process = subprocess.Popen(
         command,
@@ -210,8 +254,9 @@ def test_an_interruption_keeps_what_is_measured_and_ends_the_server(bench: Bench
     result = bench.result()
     assert not result["complete"]
     assert row_of(result, "median_ttft_ms")["upstream"] == 11.0
-    port = bench.calls()[0][bench.calls()[0].index("--port") + 1]
-    assert living_with(f"--port {port} ") == []
+    for call in bench.calls():
+        assert living_with(f"--port {value_in(call, '--port')} ") == []
+    assert not any(run["status"] == results.DIED for run in result["runs"])
 
 
 @pytest.mark.parametrize(
@@ -228,6 +273,11 @@ def test_an_interruption_keeps_what_is_measured_and_ends_the_server(bench: Bench
         (("--", "--dataset-name", "sharegpt", "--dataset-path", "none.json"), "--dataset-path none.json is no file"),
         (("--concurrency", "1,1"), "'random, concurrency 1' is there 2 times"),
         (("--cases", "none.toml"), "--cases none.toml cannot be read"),
+        (("--cases", "prefill,decod"), "or some of prefill,decode,mixed"),
+        (("--groups", "0-3"), "--groups is '0-3'; give two groups of different cards"),
+        (("--groups", "0-3,3-6"), "two groups of different cards"),
+        (("--groups", "0-3,4-5"), "has 4 and 2 cards"),
+        (("--groups", "0,x"), "--groups has 'x'; give two groups of card numbers, such as 0-3,4-7"),
     ],
 )
 def test_a_wrong_option_is_told_before_anything_starts(bench: Bench, arguments: tuple[str, ...], expected: str) -> None:
@@ -254,14 +304,34 @@ def test_cases_come_from_a_file(tmp_path: Path) -> None:
         '[[case]]\nname = "prefill"\nflags = "--random-input-len 8192"\nconcurrency = [1, 4]\n'
         '[[case]]\nname = "mixed"\nflags = ["--random-input-len", 4096]\nrequest_rate = 0.5\n'
     )
-    points = make_points(["--seed", "1"], None, None, file)
+    points = make_points(["--seed", "1"], None, None, str(file))
     assert [point.label for point in points] == ["prefill, concurrency 1", "prefill, concurrency 4", "mixed, 0.5 requests/s"]
-    assert points[2].flags == ("--seed", "1", "--random-input-len", "4096")
+    assert points[2].flags == ("--random-input-len", "4096", "--seed", "1")
     assert [point.prompts for point in points] == [16, 16, 30]
+
+
+def test_known_cases_come_by_name_with_bounded_prompts() -> None:
+    points = make_points(["--seed", "1"], None, None, "prefill,decode,mixed")
+    assert [(p.case, p.concurrency or p.request_rate, p.prompts) for p in points] == [
+        *(("prefill", 1, 8), ("prefill", 4, 16), ("prefill", 16, 32)),
+        *(("decode", 1, 2), ("decode", 16, 16), ("decode", 64, 64), ("decode", 256, 256)),
+        *(("mixed", 0.5, 8), ("mixed", 1, 16), ("mixed", 2, 24), ("mixed", 4, 32)),
+    ]
+    assert points[0].flags == ("--random-input-len", "8192", "--random-output-len", "1", "--seed", "1")
+    assert make_points(["--num-prompts", "3"], None, None, "prefill")[2].prompts == 3
+
+
+def test_prompts_of_a_case_are_one_for_all_loads_or_one_a_load(tmp_path: Path) -> None:
+    file = tmp_path / "cases.toml"
+    file.write_text('[[case]]\nname = "a"\nconcurrency = [1, 2, 3]\nprompts = 5\n')
+    assert [point.prompts for point in make_points([], None, None, str(file))] == [5, 5, 5]
+    file.write_text('[[case]]\nname = "a"\nconcurrency = [1, 2, 3]\nprompts = [5, 6]\n')
+    with pytest.raises(UserError, match="The case 'a' has 3 loads and 2 prompts; give one number, or one a load"):
+        make_points([], None, None, str(file))
 
 
 def test_an_unknown_key_of_a_case_is_named(tmp_path: Path) -> None:
     file = tmp_path / "cases.toml"
     file.write_text('[[case]]\nname = "a"\nconcurency = 1\n')
     with pytest.raises(UserError, match="the key 'concurency'; known keys are concurrency"):
-        make_points([], None, None, file)
+        make_points([], None, None, str(file))

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import shutil
-import signal
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any, Optional
 
 import typer
@@ -17,7 +11,7 @@ from typer.core import TyperCommand
 
 from ...errors import UserError
 from ..output import Table, show, show_json
-from . import processes
+from ..processes import Interrupted, interruptible
 
 _BENCH_FLAGS = "flags of vllm bench serve"
 _SHOWN = ("input_throughput", "output_throughput", "median_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "median_e2el_ms")
@@ -47,10 +41,18 @@ def serve(
     out: Path = typer.Option(Path("bench-serve"), help="Folder for the result, logs and vLLM's own results; new or empty."),
     concurrency: Optional[str] = typer.Option(None, help="Concurrent requests, one or several: 1,4,16. Default 1."),
     request_rate: Optional[str] = typer.Option(None, help="Requests a second, one or several: 0.5,1,2. Default: all at once."),
-    cases: Optional[Path] = typer.Option(None, help="TOML file of cases, each with name, flags and loads."),
+    cases: Optional[str] = typer.Option(
+        None, help="Known cases, one or several of prefill,decode,mixed; or a TOML file of cases with name, flags and loads."
+    ),
     repeats: int = typer.Option(1, min=1, max=500, help="Measured runs at each case and load, on each server."),
     warmups: int = typer.Option(1, min=0, max=100, help="Runs before those whose numbers are thrown away."),
     order: str = typer.Option("ABBA", help="ABBA: upstream, patched, patched, upstream. AB: one server each."),
+    groups: Optional[str] = typer.Option(
+        None, help="Two groups of cards, 0-3,4-7: both servers at once, and with ABBA once on each group."
+    ),
+    minutes: Optional[float] = typer.Option(
+        None, min=0.1, help="No run is begun after this time, of which each server has its share; what is left out is told."
+    ),
     start_limit: float = typer.Option(1800.0, min=1, help="Seconds a server may take until it is ready."),
     as_json: bool = typer.Option(False, "--json", help="Print the result as JSON."),
 ) -> None:
@@ -61,7 +63,9 @@ def serve(
     Exit codes: 0 measured, also where a server died, which is a result; 2 what you gave is wrong; 130 interrupted, and
     what was measured until then is kept.
     """
-    from .plan import ORDERS, Plan, check_model_and_flags, make_points
+    from .cases import make_points
+    from .client import find_vllm
+    from .plan import ORDERS, Plan, check_model_and_flags, make_groups
     from .progress import Teller
     from .run import Measurement
 
@@ -70,20 +74,20 @@ def serve(
     if order not in ORDERS:
         raise UserError(f"--order is {order!r}; give one of {', '.join(ORDERS)}.")
     points = make_points(ctx.meta.get(_BENCH_FLAGS, []), concurrency, request_rate, cases)
+    cards = make_groups(groups)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} is there already and not an empty folder; name a new one.")
     _need("jsonschema")
-    vllm = _find_vllm()
+    vllm = find_vllm()
     model = str(Path(model).resolve()) if Path(model).is_dir() else model
-    plan = Plan(model, serve_flags, points, order, repeats, warmups, start_limit)
+    plan = Plan(model, serve_flags, points, order, repeats, warmups, start_limit, minutes, cards)
     interrupted = False
     with Teller(len(plan.sides) * len(points) * repeats) as teller:
         measurement = Measurement(vllm, plan, out.absolute(), teller)
         try:
-            with _terminable():
+            with interruptible():
                 measurement.make()
-        except KeyboardInterrupt:
-            processes.stop_all()
+        except Interrupted:
             interrupted = True
     if as_json:
         show_json(measurement.result)
@@ -147,33 +151,6 @@ def _show(result: dict[str, Any]) -> None:
         typer.echo(finding)
 
 
-def _find_vllm() -> str:
-    """The `vllm` on PATH, else the one beside this Python."""
-    beside = Path(sys.executable).parent / "vllm"
-    found = shutil.which("vllm") or (str(beside) if beside.exists() else None)
-    if found is None:
-        raise UserError(f"There is no `vllm` on PATH nor beside {sys.executable}. Install vLLM, or activate its environment.")
-    return found
-
-
 def _need(package: str) -> None:
     if importlib.util.find_spec(package) is None:
         raise UserError(f"`bench` needs {package}, which is not installed. Run: pip install 'vllm-glm-patch[bench]'")
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP interrupt once; later ones are ignored, so that the servers are ended in peace."""
-    numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]  # nohup
-
-    def interrupt(number: int, frame: Optional[FrameType]) -> None:
-        for other in numbers:
-            signal.signal(other, signal.SIG_IGN)
-        processes.interrupt()
-
-    before = [(number, signal.signal(number, interrupt)) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in before:
-            signal.signal(number, handler)

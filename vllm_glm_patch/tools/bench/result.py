@@ -15,6 +15,7 @@ from .client import METRICS
 from .plan import PATCHED, UPSTREAM
 
 NAME = "serve.json"
+KIND = "bench serve"
 VERSION = 1
 OK, FAILED, DIED = "ok", "requests failed", "server died"
 SERVER_METRICS = ("startup_s", "kv_cache_tokens", "peak_memory_mib")
@@ -43,7 +44,7 @@ SCHEMA: dict[str, Any] = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
     "title": "vllm-glm-patch bench serve",
     **_table(
-        kind={"const": "bench serve"},
+        kind={"const": KIND},
         schema_version={"const": VERSION},
         started=_TEXT,
         finished={"type": ["string", "null"]},
@@ -59,12 +60,15 @@ SCHEMA: dict[str, Any] = {
             order=_TEXT,
             repeats={"type": "integer", "minimum": 1},
             warmups={"type": "integer", "minimum": 0},
-            points=_list(_table(**_LOAD, flags=_list(_TEXT))),
+            minutes=_NUMBER,
+            groups=_list(_TEXT),
+            points=_list(_table(**_LOAD, prompts={"type": "integer", "minimum": 1}, flags=_list(_TEXT))),
         ),
         servers=_list(
             _table(
                 leg={"type": "integer"},
                 side=_SIDE,
+                cards={"type": ["string", "null"]},
                 status={"enum": ["ended", "died", "did not start"]},
                 startup_s=_NUMBER,
                 kv_cache_tokens=_COUNT,
