@@ -17,8 +17,7 @@ import pytest
 from command_line import Result, run
 
 from vllm_glm_patch.errors import UserError
-from vllm_glm_patch.tools.bench import result as results
-from vllm_glm_patch.tools.bench import server
+from vllm_glm_patch.tools.bench import schema, server
 from vllm_glm_patch.tools.bench.cases import make_points
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +50,7 @@ class Bench:
         return [json.loads(line) for line in self._calls.read_text().splitlines()]
 
     def result(self) -> dict[str, Any]:
-        return results.read(self.out)
+        return schema.read(self.out / "serve.json")
 
 
 @pytest.fixture
@@ -198,7 +197,7 @@ def test_a_death_at_the_request_that_the_client_tries_first_is_one_at_request_1(
 def test_after_a_death_a_new_server_measures_the_other_cases(bench: Bench) -> None:
     assert bench(*QUICK, "--concurrency", "1,2", *FEW, trouble={"died": "upstream", "at": 6}).code == 0
     upstream = [(run["concurrency"], run["status"]) for run in bench.result()["runs"] if run["side"] == "upstream"]
-    assert upstream == [(1, results.OK), (2, results.DIED)]
+    assert upstream == [(1, schema.OK), (2, schema.DIED)]
     bench.out = bench.out.with_name("second")
     assert bench(*QUICK, "--concurrency", "1,2", "--", "--num-prompts", 2, trouble={"died": "upstream", "at": 1}).code == 0
     assert [server["status"] for server in bench.result()["servers"]] == ["died", "died", "ended"]
@@ -244,7 +243,7 @@ def test_an_interruption_keeps_what_is_measured_and_ends_the_servers(
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     )
     try:
-        wait_until(lambda: (bench.out / results.NAME).exists() and bench.result()["runs"])
+        wait_until(lambda: (bench.out / "serve.json").exists() and bench.result()["runs"])
         process.send_signal(number)
         _, errors = process.communicate(timeout=30)
     finally:
@@ -256,7 +255,7 @@ def test_an_interruption_keeps_what_is_measured_and_ends_the_servers(
     assert row_of(result, "median_ttft_ms")["upstream"] == 11.0
     for call in bench.calls():
         assert living_with(f"--port {value_in(call, '--port')} ") == []
-    assert not any(run["status"] == results.DIED for run in result["runs"])
+    assert not any(run["status"] == schema.DIED for run in result["runs"])
 
 
 @pytest.mark.parametrize(

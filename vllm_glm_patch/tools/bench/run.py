@@ -13,7 +13,7 @@ from typing import Any, Optional
 
 from ...errors import UserError
 from ..processes import check_interrupted
-from . import machine, result
+from . import machine, result, schema
 from .client import Client, Requests, drive, has_begun, refuse
 from .plan import PATCHED, Plan, Point
 from .progress import Teller
@@ -61,12 +61,12 @@ class Measurement:
         """`vllm` is the command; `folder` gets everything that is written."""
         self._vllm, self._plan, self._folder, self._teller = tuple(vllm), plan, folder, teller
         self._lock = threading.RLock()
-        self.file = folder / result.NAME
+        self.file = folder / schema.NAMES[schema.SERVE]
         described = {name: value for name, value in asdict(plan).items() if name != "start_limit"}
         facts = machine.facts()
         self.result: dict[str, Any] = {
-            "kind": result.KIND,
-            "schema_version": result.VERSION,
+            "kind": schema.SERVE,
+            "schema_version": schema.VERSION,
             "started": _now(),
             "finished": None,
             "complete": False,
@@ -247,7 +247,7 @@ class Measurement:
             raise refuse(file.with_suffix(".log"))
         if died and completed is None and not has_begun(file.with_suffix(".log")):
             completed = 0
-        status = result.DIED if died else result.OK if completed == requested else result.FAILED
+        status = schema.DIED if died else schema.OK if completed == requested else schema.FAILED
         if died or not warming:
             run: dict[str, Any] = {
                 "leg": leg,
@@ -260,7 +260,7 @@ class Measurement:
                 "status": status,
                 "requested": requested,
                 "completed": completed,
-                "metrics": measured.metrics if status == result.OK else {},
+                "metrics": measured.metrics if status == schema.OK else {},
                 "file": self._relative(file),
             }
             with self._lock:
@@ -268,7 +268,7 @@ class Measurement:
             self._tell(run)
         if died:
             self._died(server, facts, point, completed, warming=warming)
-        elif status == result.FAILED:
+        elif status == schema.FAILED:
             self._find(f"{server.side}: {requested - (completed or 0)} of {requested} requests failed in {point.label}.")
         return died
 
@@ -287,7 +287,7 @@ class Measurement:
         self._write()
 
     def _tell(self, run: dict[str, Any]) -> None:
-        if run["status"] == result.OK:
+        if run["status"] == schema.OK:
             numbers = run["metrics"]
             said = f"{numbers.get('total_token_throughput', 0):.1f} tokens/s, TTFT {numbers.get('median_ttft_ms', 0):.1f} ms"
             self._teller.say(f"{run['side']}: {result.label_of(run)}, run {run['repeat']}: {said}")
