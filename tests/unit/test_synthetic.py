@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import weakref
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -201,6 +202,50 @@ def test_a_collapsed_router_is_warned_of(caplog: pytest.LogCaptureFixture, monke
 def test_parameters_that_stay_empty_are_named(caplog: pytest.LogCaptureFixture) -> None:
     load(Model([*tensors_of(spec_for("tiny")), Tensor("model.extra", "BF16", (1,), "constant", 0)]), config())
     assert "without a synthetic weight: 1, among them model.extra;" in caplog.text
+
+
+def test_scales_of_the_kv_cache_that_vllm_sets_itself_are_not_missed(caplog: pytest.LogCaptureFixture) -> None:
+    attention = "model.layers.1.self_attn.attn"
+    scales = [Tensor(f"{attention}.{name}_scale", "F32", (), "constant", 0) for name in ("q", "k", "v", "prob")]
+    model = Model([*tensors_of(spec_for("tiny", weight_format="fp8")), *scales])
+    load(model, config(weight_format="fp8"))
+    assert "without a synthetic weight" not in caplog.text
+
+
+def test_fp8_weights_are_numbers_and_spread_over_both_signs() -> None:
+    """0x7f and 0xff are the NaN of E4M3; a kernel would hand one of them on to a whole row."""
+    for wanted in tensors_of(spec_for("tiny", layers=2, weight_format="fp8")):
+        if wanted.dtype == "F8_E4M3":
+            value = fills.made(wanted, 0, CPU)
+            codes = value.view(torch.uint8)
+            assert not bool(((codes & 0x7F) == 0x7F).any()), wanted.name
+            assert (codes < 0x80).float().mean().item() == pytest.approx(0.5, abs=0.02), wanted.name
+
+
+def test_fp8_parameters_take_the_bytes_as_they_are_and_bf16_scales_as_float32() -> None:
+    """What vLLM's loaders do with them: a copy into a part of a stacked parameter, on the same device."""
+    spec = spec_for("tiny", weight_format="fp8")
+    layer = "model.layers.1.mlp.experts.3"
+    rows, columns = spec.moe_intermediate_size, spec.hidden_size
+    w13 = torch.empty(spec.num_experts, 2 * rows, columns, dtype=torch.float8_e4m3fn)
+    w13_scale = torch.ones(spec.num_experts, 2 * rows, 1)
+    for place, name in ((0, "gate_proj"), (rows, "up_proj")):
+        weight, scale = (fills.made(tensor(f"{layer}.{name}.{part}", spec), 0, CPU) for part in ("weight", "weight_scale"))
+        w13[3].narrow(0, place, rows).copy_(weight)
+        w13_scale[3].narrow(0, place, rows).copy_(scale)
+        assert torch.equal(w13[3, place : place + rows].view(torch.uint8), weight.view(torch.uint8))
+        assert torch.equal(w13_scale[3, place : place + rows], scale.float())
+    effective = w13[3].float() * w13_scale[3]
+    assert effective.std().item() == pytest.approx(columns**-0.5, rel=0.05)
+
+
+def test_no_weight_is_kept_once_the_next_is_asked_for() -> None:
+    """48 GB of weights on a card of 80 GB: there is no room for a second copy."""
+    before = None
+    for _, value in loader.named_weights(config(weight_format="fp8"), 0, CPU, {0, 1}):
+        assert before is None or before() is None
+        before = weakref.ref(value)
+        del value
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import torch
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
+# What every attention of a quantised model has, at -1 until vLLM has looked whether a checkpoint gave any: then 1.
+_CACHE_SCALES = re.compile(r"\.(?:q|k|v|prob)_scale$")
 
 
 def loader_class(base: type) -> type:
@@ -110,8 +112,11 @@ def _device_of(parameters: Iterable[torch.Tensor]) -> torch.device:
 
 
 def _check_all_are_filled(parameters: Mapping[str, torch.Tensor], loaded: set[str] | None) -> None:
-    """Warn of parameters that vLLM does not report as loaded: they hold whatever was in memory."""
-    missing = sorted(set(parameters) - loaded) if loaded else []
+    """Warn of parameters that vLLM does not report as loaded: they hold whatever was in memory.
+
+    But for the scales of the KV cache, which a checkpoint may leave out.
+    """
+    missing = sorted(name for name in set(parameters) - loaded if not _CACHE_SCALES.search(name)) if loaded else []
     if missing:
         logger.warning(
             "Parameters without a synthetic weight: %d, among them %s; answers and times mean little. "
