@@ -57,6 +57,8 @@ def make_result(**changes: Any) -> dict[str, Any]:
             "warmups": 1,
             "minutes": None,
             "groups": [],
+            "warm_each": "load",
+            "deaths": 2,
             "points": [{"case": c, "concurrency": n, "request_rate": None, "prompts": 4, "flags": []} for c, n in loads],
         },
         "servers": [

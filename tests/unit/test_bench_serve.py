@@ -111,6 +111,15 @@ def test_every_load_is_measured_as_often_as_asked_after_its_warm_up(bench: Bench
     assert row_of(bench.result(), "median_ttft_ms", concurrency=4)["patched_runs"] == 2
 
 
+def test_a_case_can_be_warmed_up_once_with_its_highest_load(bench: Bench) -> None:
+    assert bench("--concurrency", "1,4", "--warm-each", "case", "--order", "AB", *FEW).code == 0
+    clients = [call for call in bench.calls() if call[0] == "client"]
+    asked = [(value_in(call, "--max-concurrency"), Path(value_in(call, "--result-filename")).stem) for call in clients]
+    assert [one for one in asked if "warmup" in one[1]] == 2 * [("4", "random__concurrency_1-warmup-1")]
+    assert len(asked) == 2 * 3
+    assert len({value_in(call, "--seed") for call in clients[:3]}) == 3
+
+
 def test_no_prompts_are_sent_twice_to_a_server_and_both_sides_get_the_same(bench: Bench) -> None:
     """Else the prefix cache answers."""
     assert bench("--concurrency", "1,2", "--repeats", 2, "--order", "AB", *FEW, "--seed", 7).code == 0
@@ -203,6 +212,19 @@ def test_after_a_death_a_new_server_measures_the_other_cases(bench: Bench) -> No
     assert [server["status"] for server in bench.result()["servers"]] == ["died", "died", "ended"]
 
 
+def test_a_case_that_kills_servers_is_left_and_the_other_side_measures_all_of_it(bench: Bench, tmp_path: Path) -> None:
+    (tmp_path / "cases.toml").write_text(
+        '[[case]]\nname = "deadly"\nconcurrency = [1, 2, 3]\n[[case]]\nname = "other"\nconcurrency = 1\n'
+    )
+    options = ("--cases", "cases.toml", "--deaths", 1, "--", "--num-prompts", 2)
+    assert bench(*QUICK, *options, trouble={"died": "upstream", "at": 4}).code == 0
+    result = bench.result()
+    upstream = [(run["case"], run["concurrency"], run["status"]) for run in result["runs"] if run["side"] == "upstream"]
+    assert upstream == [("deadly", 1, schema.OK), ("deadly", 2, schema.DIED), ("other", 1, schema.OK)]
+    assert [run["concurrency"] for run in result["runs"] if run["side"] == "patched"] == [1, 2, 3, 1]
+    assert "upstream: left out, since deadly has killed 1 of its servers: deadly, concurrency 3." in result["findings"]
+
+
 def test_a_server_that_does_not_start_is_a_result(bench: Bench) -> None:
     assert bench(*QUICK, *FEW, trouble={"unstartable": "upstream"}).code == 0
     (finding,) = bench.result()["findings"]
@@ -266,6 +288,7 @@ def test_an_interruption_keeps_what_is_measured_and_ends_the_servers(
         (("--concurrency", "0"), "--concurrency is '0'"),
         (("--", "--seed", "x"), "--seed is 'x'; give a whole number from 0 on"),
         (("--order", "BA"), "--order is 'BA'; give one of ABBA, AB"),
+        (("--warm-each", "run"), "--warm-each is 'run'; give one of load, case"),
         (("--port", "8000"), "--port is chosen by this command"),
         (("--", "--max-concurrency", "4"), "--max-concurrency of `vllm bench serve` is set by this command"),
         (("--", "--dataset-name", "sharegpt"), "needs --dataset-path FILE"),
@@ -334,3 +357,36 @@ def test_an_unknown_key_of_a_case_is_named(tmp_path: Path) -> None:
     file.write_text('[[case]]\nname = "a"\nconcurency = 1\n')
     with pytest.raises(UserError, match="the key 'concurency'; known keys are concurrency"):
         make_points([], None, None, str(file))
+
+
+def test_the_session_for_a_card_runs_in_the_background_and_hands_over_what_there_is(bench: Bench, tmp_path: Path) -> None:
+    script = ROOT / "benchmarks" / "session_serve.sh"
+    python = tmp_path / "bin" / "python3"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    environment = {
+        **os.environ,
+        "KEEP": str(tmp_path / "keep"),
+        "OURS": str(ROOT),
+        "OUT": str(tmp_path / "brought"),
+        "CASES": "prefill",
+    }
+    environment |= {"FAKE_VLLM": json.dumps({"seconds": 0.2})}
+
+    def session(*arguments: str) -> str:
+        done = subprocess.run(
+            ["bash", script, *arguments], env=environment, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    session("start", "old", "5")
+    session("wait", "old", "0")
+    assert session("wait", "old", "60").endswith("old has ended\n")
+    result = schema.read(tmp_path / "brought" / "old" / "serve.json")
+    assert result["complete"], (tmp_path / "brought" / "old" / "old.txt").read_text()
+    assert [point["prompts"] for point in result["plan"]["points"]] == [8, 16, 32]
+    server = bench.calls()[0]
+    assert value_in(server, "--load-format") == "glm_patch_synthetic"
+    assert json.loads((Path(server[2]) / "config.json").read_text())["num_hidden_layers"] == 92
+    assert (tmp_path / "brought" / "old" / "logs.tgz").stat().st_size > 0

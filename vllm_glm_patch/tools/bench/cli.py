@@ -53,6 +53,7 @@ def serve(
     ),
     repeats: int = typer.Option(1, min=1, max=500, help="Measured runs at each case and load, on each server."),
     warmups: int = typer.Option(1, min=0, max=100, help="Runs before those whose numbers are thrown away."),
+    warm_each: str = typer.Option("load", help="load: warm up for each load. case: once for a case, with its highest load."),
     order: str = typer.Option("ABBA", help="ABBA: upstream, patched, patched, upstream. AB: one server each."),
     groups: Optional[str] = typer.Option(
         None, help="Two groups of cards, 0-3,4-7: both servers at once, and with ABBA once on each group."
@@ -60,6 +61,7 @@ def serve(
     minutes: Optional[float] = typer.Option(
         None, min=0.1, help="No run is begun after this time, of which each server has its share; what is left out is told."
     ),
+    deaths: int = typer.Option(2, min=1, help="Servers a case may kill in a turn before its other loads are left out."),
     start_limit: float = typer.Option(1800.0, min=1, help="Seconds a server may take until it is ready."),
     as_json: bool = typer.Option(False, "--json", help="Print the result as JSON."),
 ) -> None:
@@ -72,7 +74,7 @@ def serve(
     """
     from .cases import make_points
     from .client import find_vllm
-    from .plan import ORDERS, Plan, check_model_and_flags, make_groups
+    from .plan import ORDERS, WARM_EACH, Plan, check_model_and_flags, make_groups
     from .progress import Teller
     from .run import Measurement
 
@@ -80,6 +82,8 @@ def serve(
     check_model_and_flags(model, serve_flags)
     if order not in ORDERS:
         raise UserError(f"--order is {order!r}; give one of {', '.join(ORDERS)}.")
+    if warm_each not in WARM_EACH:
+        raise UserError(f"--warm-each is {warm_each!r}; give one of {', '.join(WARM_EACH)}.")
     points = make_points(ctx.meta.get(_BENCH_FLAGS, []), concurrency, request_rate, cases)
     cards = make_groups(groups)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -87,7 +91,7 @@ def serve(
     _need("jsonschema")
     vllm = find_vllm()
     model = str(Path(model).resolve()) if Path(model).is_dir() else model
-    plan = Plan(model, serve_flags, points, order, repeats, warmups, start_limit, minutes, cards)
+    plan = Plan(model, serve_flags, points, order, repeats, warmups, start_limit, minutes, cards, warm_each, deaths)
     interrupted = False
     with Teller(len(plan.sides) * len(points) * repeats) as teller:
         measurement = Measurement(vllm, plan, out.absolute(), teller)

@@ -11,6 +11,7 @@ from ...errors import UserError
 
 UPSTREAM, PATCHED = "upstream", "patched"
 ORDERS = {"ABBA": (UPSTREAM, PATCHED, PATCHED, UPSTREAM), "AB": (UPSTREAM, PATCHED)}
+LOAD, CASE = WARM_EACH = ("load", "case")
 LEAST_PROMPTS = 16
 PROMPTS_A_SLOT = 4  # so that the ramps at both ends of a run weigh little
 SECONDS_AT_A_RATE = 60
@@ -80,13 +81,17 @@ class Plan:
     repeats: int = 1
     """How often each server is measured at each point."""
     warmups: int = 1
-    """Runs at each point whose numbers are thrown away, on each server."""
+    """Runs whose numbers are thrown away, on each server, before each point or case, as `warm_each` says."""
     start_limit: float = 1800.0
     """Seconds a server may take until it is ready."""
     minutes: Optional[float] = None
     """After this time no point is begun; each server has an equal share of it. None: no limit."""
     groups: tuple[str, ...] = ()
     """Values of CUDA_VISIBLE_DEVICES, one for each of the two servers that run at once; none: one server at a time."""
+    warm_each: str = LOAD
+    """``load``: before each point, with its own load. ``case``: once before each case, with its highest concurrency."""
+    deaths: int = 2
+    """So many servers of one leg may die in one case; then its other loads are left out there."""
 
     @property
     def sides(self) -> tuple[str, ...]:
@@ -103,6 +108,12 @@ class Plan:
             return tuple(((leg, side, ""),) for leg, side in enumerate(self.sides, start=1))
         legs = [(leg, side, self.groups[(leg - 1) % 2]) for leg, side in enumerate(self.sides, start=1)]
         return tuple(tuple(legs[first : first + 2]) for first in range(0, len(legs), 2))
+
+    def to_warm(self, point: Point) -> Point:
+        """The point whose load warms up for this one."""
+        if self.warm_each == LOAD:
+            return point
+        return max((one for one in self.points if one.case == point.case), key=lambda one: one.concurrency or 0)
 
     @property
     def served_name(self) -> str:

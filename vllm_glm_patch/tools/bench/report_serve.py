@@ -86,7 +86,8 @@ def _facts(result: dict[str, Any]) -> str:
         "model": plan["model"],
         "vllm serve": " ".join(plan["serve_flags"]) or "no flags",
         "vllm bench serve": " | ".join(filter(None, flags)) or "no flags",
-        "order": f"{plan['order']}, {plan['repeats']} measured runs a server and case, {plan['warmups']} to warm up",
+        "order": f"{plan['order']}, {plan['repeats']} measured runs a server and load, {plan['warmups']} to warm up "
+        f"each {plan['warm_each']}",
         **({"groups of cards": ", then swapped, ".join(plan["groups"])} if plan["groups"] else {}),
         **({"time limit": f"{plan['minutes']:g} min"} if plan["minutes"] else {}),
         "measured": f"{result['started']} to {result['finished'] or 'not finished'}",

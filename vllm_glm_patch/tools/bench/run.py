@@ -82,8 +82,10 @@ class Measurement:
             "findings": [],
             "rows": [],
         }
-        self._begun: Optional[set[Point]] = None
-        """The points that the first round came to; None until it is over. The others need not be measured any more."""
+        self._come_to: set[Point] = set()
+        """The points that there was time for so far."""
+        self._wanted: Sequence[Point] = plan.points
+        """The points of the next round: what the first had no time for need not be measured any more."""
 
     def make(self) -> None:
         """Measure everything. What is measured is in the file at any time, also where this is interrupted.
@@ -101,7 +103,8 @@ class Measurement:
                 now = time.monotonic()
                 together = _Round(legs, None if end is None else now + (end - now) / (len(rounds) - number))
                 self._round(together)
-                self._begun = self._begun_points()
+                if any(server["startup_s"] is not None for server in self.result["servers"]):
+                    self._wanted = [point for point in self._plan.points if point in self._come_to]
         except BaseException:
             self.result["complete"] = False
             raise
@@ -129,9 +132,10 @@ class Measurement:
 
     def _leg(self, together: _Round, leg: int, side: str, cards: str) -> None:
         """One turn of one side: a server, and after a death a new one for the points that are left."""
-        left = [point for point in self._plan.points if self._begun is None or point in self._begun]
+        left = list(self._wanted)
         place = self._folder / f"{leg}-{side}"
         life = 0
+        deaths: list[str] = []
         with Client(self._vllm, place / "client.log") as client:
             while left and not together.is_over():
                 life += 1
@@ -149,9 +153,15 @@ class Measurement:
                         self._ready(server, facts)
                         together.wait_for_all(leg)
                         died = False
+                        warmed: set[Point] = set()
                         while left and not died and not together.is_over():
                             together.check()
-                            died = self._point(leg, server, client, left.pop(0), facts)
+                            point = left.pop(0)
+                            self._come_to.add(point)
+                            died = self._point(leg, server, client, point, warmed, facts)
+                        if died:
+                            deaths.append(point.case)
+                            left = self._without_deadly_case(side, left, point.case, deaths.count(point.case))
                     finally:
                         facts["kv_cache_tokens"] = server.kv_cache_tokens()
                         facts["peak_memory_mib"] = server.memory.peak_mib
@@ -161,12 +171,16 @@ class Measurement:
             self.result["complete"] = False
             self._find(f"{side}, server {leg}: no time was left for {'; '.join(point.label for point in left)}.")
 
-    def _begun_points(self) -> set[Point]:
-        loads = {(run["case"], run["concurrency"], run["request_rate"]) for run in self.result["runs"]}
-        started = any(server["startup_s"] is not None for server in self.result["servers"])
-        if not started:  # the other side is to be measured all the same
-            return set(self._plan.points)
-        return {point for point in self._plan.points if (point.case, point.concurrency, point.request_rate) in loads}
+    def _without_deadly_case(self, side: str, left: list[Point], case: str, deaths: int) -> list[Point]:
+        """What is left after a server has died in a case; the loads of that case no more, if they have killed enough."""
+        dropped = [point for point in left if point.case == case]
+        if deaths < self._plan.deaths or not dropped:
+            return left
+        self._come_to.update(dropped)  # the other side may live
+        self._teller.done(len(dropped) * self._plan.repeats)
+        labels = "; ".join(point.label for point in dropped)
+        self._find(f"{side}: left out, since {case} has killed {deaths} of its servers: {labels}.")
+        return [point for point in left if point.case != case]
 
     def _note_server(self, leg: int, server: BenchServer, cards: str) -> dict[str, Any]:
         facts: dict[str, Any] = {
@@ -211,21 +225,26 @@ class Measurement:
         facts["status"] = "did not start"
         self._find(f"{server.side} did not start: {why}. Its log: {facts['log']}")
 
-    def _point(self, leg: int, server: BenchServer, client: Client, point: Point, facts: dict[str, Any]) -> bool:
-        """All runs of one point; whether the server died in one."""
+    def _point(
+        self, leg: int, server: BenchServer, client: Client, point: Point, warmed: set[Point], facts: dict[str, Any]
+    ) -> bool:
+        """All runs of one point; whether the server died in one.
 
-        def one(repeat: int, file: Path) -> bool:
-            return self._one(leg, server, client, point, repeat, file, facts)
-
+        Args:
+            warmed: the points whose load this server has seen; added to.
+        """
         place = self._folder / f"{leg}-{server.side}" / _file_name(point)
-        for number in range(self._plan.warmups):
-            self._teller.now(f"{server.side}: warming up {point.label}")
-            if one(-number, place.with_name(f"{place.name}-warmup-{number + 1}.json")):
+        to_warm = self._plan.to_warm(point)
+        for number in range(0 if to_warm in warmed else self._plan.warmups):
+            self._teller.now(f"{server.side}: warming up {to_warm.label}")
+            file = place.with_name(f"{place.name}-warmup-{number + 1}.json")
+            if self._one(leg, server, client, to_warm, -number, file, facts):
                 self._teller.done(self._plan.repeats)
                 return True
+        warmed.add(to_warm)
         for repeat in range(1, self._plan.repeats + 1):
             self._teller.now(f"{server.side}: {point.label}, run {repeat} of {self._plan.repeats}")
-            died = one(repeat, place.with_name(f"{place.name}-{repeat}.json"))
+            died = self._one(leg, server, client, point, repeat, place.with_name(f"{place.name}-{repeat}.json"), facts)
             self._teller.done(self._plan.repeats - repeat + 1 if died else 1)
             self._write()
             if died:

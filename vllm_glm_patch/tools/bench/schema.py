@@ -55,6 +55,8 @@ _SERVE = _table(
         warmups=_WHOLE,
         minutes=_NUMBER,
         groups=_list(_TEXT),
+        warm_each=_TEXT,
+        deaths=_WHOLE,
         points=_list(_table(**LOAD, prompts={"type": "integer", "minimum": 1}, flags=_list(_TEXT))),
     ),
     servers=_list(
