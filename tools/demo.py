@@ -22,8 +22,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from tools.processes import Interrupted, interruptible
 from tools.server import BUDGET, Answer, Server, ServerFailed, varied_prompt, write_tiny_model
-from vllm_glm_patch.tools.processes import Interrupted, interruptible
 
 LENGTHS = (1, 4096, 8190, 8191, 8192, 8193, 16384)
 FOLDER = Path(__file__).resolve().parent.parent / ".demo"

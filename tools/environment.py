@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.util
 import json
 import shutil
 import sys
@@ -18,17 +17,10 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from tools.processes import Interrupted, Session, interruptible
 
 ROOT = Path(__file__).resolve().parent.parent
-if TYPE_CHECKING:
-    from vllm_glm_patch.tools.processes import Interrupted, Session, interruptible
-else:  # by its file: importing the package needs what is not installed yet
-    _spec = importlib.util.spec_from_file_location("_processes", ROOT / "vllm_glm_patch" / "tools" / "processes.py")
-    _processes = importlib.util.module_from_spec(_spec)
-    _spec.loader.exec_module(_processes)
-    Interrupted, Session, interruptible = _processes.Interrupted, _processes.Session, _processes.interruptible
-
 VENV = ROOT / ".venv"
 LOG = VENV / "setup.log"
 TORCH = "2.13.0"

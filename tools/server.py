@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tools import step_recorder
-from vllm_glm_patch.tools.processes import Session
+from tools.processes import Session
 
 BUDGET = 8192
 """--max-num-batched-tokens, the number this project is about."""

@@ -73,6 +73,23 @@ def test_stopping_ends_children_of_a_command_that_has_ended(stubborn: Path, tmp_
     assert living_in(tmp_path) == []
 
 
+def test_the_set_up_has_it_on_a_python_without_any_package(tmp_path: Path) -> None:
+    code = (
+        "import sys, pathlib; from tools.environment import Session; from tools import processes\n"
+        "assert 'vllm_glm_patch' not in sys.modules and 'packaging' not in sys.modules\n"
+        f"session = Session(['sleep', '600'], pathlib.Path({str(tmp_path / 'log')!r}))\n"
+        "session.stop()\nprint(session.members())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.stdout == "[]\n", done.stderr
+
+
 def test_a_signal_that_is_ignored_stays_so() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
