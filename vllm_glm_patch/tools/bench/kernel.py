@@ -350,6 +350,7 @@ class Work:
         check_interrupted()
         before = self._row(shape, tokens)
         without = before["failed"] if before else {}
+        backend = self.lab.ours(problem_of(shape, tokens)).backend  # now: a failed device answers nothing
         try:
             row = time_layer(self.lab, shape, tokens, weights, seed, without)
         except Died as death:

@@ -18,6 +18,7 @@ from .kernel import L2_TREATMENT, REPLAYS, ROUNDS, Died, GraphTimer, Lab, Work, 
 from .kernel_upstream import BUILDERS
 
 _UNTIL = "_GLM_PATCH_BENCH_UNTIL"  # time.time() until which a process that goes on for another may measure
+_L2_OF_HOPPER = 50 * 1024**2  # for a torch that does not tell
 _SAME = ("card", "vllm", "torch", "triton", "commit", "vllm_glm_patch")
 _METHOD = "Medians of CUDA-graph replays of the whole layer, all implementations in one process, taking turns."
 
@@ -57,7 +58,7 @@ def make_lab(with_upstream: bool) -> Lab:
     device = torch.device("cuda", torch.cuda.current_device())
     timer = GraphTimer()
     roofline = kernel_card.measure(device, timer.us_of)
-    l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+    l2_bytes = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", _L2_OF_HOPPER)
     has_vllm = importlib.util.find_spec("vllm") is not None
     return Lab(device, l2_bytes, timer, our_layer(device), BUILDERS if with_upstream and has_vllm else {}, roofline)
 
@@ -131,6 +132,7 @@ def work(
     for shape in shapes:
         problem_of(shape)
     check_card()
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it logs to standard output, which is ours
     until = float(os.environ.pop(_UNTIL, 0)) or (time.time() + 60 * minutes if minutes else None)
     result = begin(file, card_facts(with_upstream), shapes, tokens, seed)
     with interruptible():
