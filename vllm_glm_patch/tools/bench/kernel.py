@@ -356,7 +356,7 @@ class Work:
         except Died as death:
             row = {
                 **row_of(shape, tokens, {}, {}, self.lab.roofline.floor(problem_of(shape, tokens))),
-                "backend": self.lab.ours(problem_of(shape, tokens)).backend,
+                "backend": backend,
                 "inputs": 0,
                 "weights_mb": 0.0,
                 "experts_used": 0,
