@@ -37,6 +37,10 @@ def tensor(name: str, spec: ModelSpec) -> Tensor:
     return next(tensor for tensor in tensors_of(spec) if tensor.name == name)
 
 
+def draws(name: str, seed: int, first: int, count: int) -> torch.Tensor:
+    return fills._draws(fills._keys([name], seed, CPU), first, count)[0]
+
+
 class Model(torch.nn.Module):
     """Takes the weights it is made for under their own names, as a model of vLLM takes those of its rank."""
 
@@ -102,7 +106,7 @@ def test_bf16_is_the_model_that_fp8_stores() -> None:
 
 def test_values_are_those_of_splitmix64() -> None:
     """Against a plain implementation on Python's whole numbers."""
-    mask, key = 2**64 - 1, fills._draws("name", 5, -1, 1, CPU).item()  # counter 0: the key itself, mixed
+    mask, key = 2**64 - 1, draws("name", 5, -1, 1).item()  # counter 0: the key itself, mixed
     for shift, factor in reversed(fills._ROUNDS):
         key = key * pow(factor % 2**64, -1, 2**64) & mask
         undone = key
@@ -115,12 +119,12 @@ def test_values_are_those_of_splitmix64() -> None:
         z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & mask
         z = (z ^ (z >> 27)) * 0x94D049BB133111EB & mask
         expected.append(z ^ (z >> 31))
-    assert [value % 2**64 for value in fills._draws("name", 5, 0, 3, CPU).tolist()] == expected
+    assert [value % 2**64 for value in draws("name", 5, 0, 3).tolist()] == expected
 
 
 def test_all_256_steps_are_used_alike() -> None:
     wanted = Tensor("w", "F8_E4M3", (512, 4096), "linear", 1.0)
-    counts = fills._draws("w", 0, 0, wanted.elements // 8, CPU).view(torch.uint8).int().bincount(minlength=256)
+    counts = draws("w", 0, 0, wanted.elements // 8).view(torch.uint8).int().bincount(minlength=256)
     assert ((counts - wanted.elements / 256).abs() < 6 * (wanted.elements / 256) ** 0.5).all()
     assert set(fills.made(wanted, 0, CPU).view(torch.uint8).unique().tolist()) == set(weights.codes().tolist())
 
@@ -239,13 +243,33 @@ def test_fp8_parameters_take_the_bytes_as_they_are_and_bf16_scales_as_float32() 
     assert effective.std().item() == pytest.approx(columns**-0.5, rel=0.05)
 
 
-def test_no_weight_is_kept_once_the_next_is_asked_for() -> None:
+@pytest.mark.parametrize("weight_format", ["bf16", "fp8"])
+def test_weights_that_are_made_together_are_those_that_are_made_alone(
+    weight_format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = spec_for("tiny", layers=2, weight_format=weight_format)
+    expected = {t.name: fills.made(t, 5, CPU) for t in tensors_of(spec)}
+    for elements in (1 << 23, 3 * spec.moe_intermediate_size * spec.hidden_size + 1):  # all of a layer; three at a time
+        monkeypatch.setattr(fills, "_PIECE_ELEMENTS", elements)
+        found = dict(loader.named_weights(config(weight_format=weight_format, num_hidden_layers=2), 5, CPU, {0, 1}))
+        assert found.keys() == expected.keys()
+        for name, value in found.items():
+            assert value.dtype == expected[name].dtype
+            assert value.shape == expected[name].shape
+            assert torch.equal(value.view(torch.uint8), expected[name].view(torch.uint8)), name
+
+
+def test_no_more_than_a_piece_is_kept_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """48 GB of weights on a card of 80 GB: there is no room for a second copy."""
-    before = None
-    for _, value in loader.named_weights(config(weight_format="fp8"), 0, CPU, {0, 1}):
-        assert before is None or before() is None
-        before = weakref.ref(value)
-        del value
+    monkeypatch.setattr(fills, "_PIECE_ELEMENTS", 1 << 17)
+    seen: list[tuple[int, weakref.ref[torch.Tensor]]] = []
+    for name, value in loader.named_weights(config(weight_format="fp8"), 0, CPU, {0, 1}):
+        storage = value.untyped_storage()
+        assert storage.nbytes() <= max(value.nbytes, 2 * (1 << 17)), name
+        others = [ref for place, ref in seen if place != storage.data_ptr() and ref() is not None]
+        assert others == [], name
+        seen.append((storage.data_ptr(), weakref.ref(value)))
+        del value, storage
 
 
 @pytest.mark.parametrize("seed", range(3))
