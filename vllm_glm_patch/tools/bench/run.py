@@ -82,6 +82,7 @@ class Measurement:
             "findings": [],
             "rows": [],
         }
+        self._out_of_time = False
         self._come_to: set[Point] = set()
         """The points that there was time for so far."""
         self._wanted: Sequence[Point] = plan.points
@@ -98,16 +99,13 @@ class Measurement:
         end = None if self._plan.minutes is None else time.monotonic() + 60 * self._plan.minutes
         try:
             rounds = self._plan.rounds
-            self.result["complete"] = True
             for number, legs in enumerate(rounds):
                 now = time.monotonic()
                 together = _Round(legs, None if end is None else now + (end - now) / (len(rounds) - number))
                 self._round(together)
                 if any(server["startup_s"] is not None for server in self.result["servers"]):
                     self._wanted = [point for point in self._plan.points if point in self._come_to]
-        except BaseException:
-            self.result["complete"] = False
-            raise
+            self.result["complete"] = not self._out_of_time
         finally:
             self.result["finished"] = _now()
             self._write()
@@ -168,7 +166,7 @@ class Measurement:
                 self._write()
         if left:
             self._teller.done(len(left) * self._plan.repeats)
-            self.result["complete"] = False
+            self._out_of_time = True
             self._find(f"{side}, server {leg}: no time was left for {'; '.join(point.label for point in left)}.")
 
     def _without_deadly_case(self, side: str, left: list[Point], case: str, deaths: int) -> list[Point]:
