@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_glm_patch.tools.bench.client import Call, Client, is_of_this_python
+from vllm_glm_patch.tools.bench.client import Call, Client, is_of_this_python, read_result
 
 ROOT = Path(__file__).parents[2]
 MODULE = (sys.executable, "-m", "vllm.entrypoints.cli.main")
@@ -99,3 +100,10 @@ def test_a_command_of_another_python_is_known_as_such() -> None:
     assert is_of_this_python(MODULE)
     assert is_of_this_python([str(Path(sys.executable).parent / "vllm")])
     assert not is_of_this_python(["/elsewhere/bin/vllm"])
+
+
+def test_times_between_tokens_are_left_out_where_there_is_one_token(tmp_path: Path) -> None:
+    file = tmp_path / "r.json"
+    numbers = {"median_ttft_ms": 5.0, "median_tpot_ms": 0.0, "p99_itl_ms": 0.0, "mean_e2el_ms": float("inf")}
+    file.write_text(json.dumps({"completed": 2, "duration": 2.0, "total_input_tokens": 100, **numbers}))
+    assert read_result(file, 0).metrics == {"median_ttft_ms": 5.0, "input_throughput": 50.0}

@@ -222,8 +222,13 @@ def read_result(file: Path, exit_code: Optional[int]) -> Measured:
     if read.get("duration"):
         read["input_throughput"] = read.get("total_input_tokens", 0) / read["duration"]
     numbers = {name: float(read[name]) for name in METRICS if isinstance(read.get(name), (int, float))}
-    finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
-    return Measured(int(read.get("completed", 0)), finite, exit_code)
+    known = {name: value for name, value in numbers.items() if math.isfinite(value) and not _is_of_nothing(name, value)}
+    return Measured(int(read.get("completed", 0)), known, exit_code)
+
+
+def _is_of_nothing(name: str, value: float) -> bool:
+    """Answers of one token have no time between two, and the client then says 0."""
+    return value == 0 and name.endswith(("_tpot_ms", "_itl_ms"))
 
 
 def has_begun(log: Path) -> bool:
