@@ -100,8 +100,12 @@ def latency_curves(result: dict[str, Any]) -> dict[str, bytes]:
 def _curves(rows: list[dict[str, Any]], case: str, load: str, title: str) -> bytes:
     plt = pyplot()
     with plt.rc_context(STYLE):
-        figure, panels = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-        for panel, latency in zip(panels, ("ttft", "tpot")):
+        there = [name for name in ("ttft", "tpot") if any(row["metric"].endswith(f"_{name}_ms") for row in rows)]
+        figure, grid = plt.subplots(
+            1, max(1, len(there)), figsize=(4.5 * max(1, len(there)), 3.2), layout="constrained", squeeze=False
+        )
+        panels = grid[0]
+        for panel, latency in zip(panels, there):
             for side in (UPSTREAM, PATCHED):
                 for statistic, line in (("median", "-"), ("p99", ":")):
                     metric = f"{statistic}_{latency}_ms"
