@@ -20,7 +20,7 @@ from vllm_glm_patch.moe import generators
 from vllm_glm_patch.moe.problem import Problem
 from vllm_glm_patch.moe.reference import fused_moe
 from vllm_glm_patch.tools.bench import kernel, kernel_card, kernel_run, kernel_upstream, schema
-from vllm_glm_patch.tools.bench.kernel import Died, Lab, Ours, Work
+from vllm_glm_patch.tools.bench.kernel import Case, Died, Lab, Ours, Work
 from vllm_glm_patch.tools.bench.kernel_card import Roofline
 from vllm_glm_patch.tools.bench.kernel_upstream import NotInThisVllm, call_by_name
 from vllm_glm_patch.tools.processes import Interrupted
@@ -86,7 +86,7 @@ def dying(inputs: Any, space: Any) -> Any:
 
 
 def make_lab(**upstreams: Any) -> Lab:
-    return Lab(CPU, 0, Timer(), ours, upstreams, ROOFLINE, rounds=2, replays=3)
+    return Lab(CPU, 0, Timer(), {"auto": ours}, upstreams, ROOFLINE, rounds=2, replays=3)
 
 
 @pytest.fixture
@@ -154,7 +154,7 @@ def test_the_spread_is_of_the_rounds_and_a_call_is_one_of_several_inputs() -> No
     times, failed = kernel.take_turns(calls, Warming(), rounds=2, replays=3)
     assert failed == {}
     assert times["ours"] == pytest.approx([10.1, 10.4])  # its turns are the first and the fourth
-    row = kernel.row_of("TP8", 1, times, {}, (5.0, "memory"))
+    row = kernel.row_of(Case("TP8", 1, "auto"), times, {}, (5.0, "memory"))
     assert row["ratio_low"] < row["ratio"] < row["ratio_high"]
 
 
@@ -214,7 +214,7 @@ def test_nothing_is_begun_when_the_time_is_up(file: Path) -> None:
 def test_after_the_device_has_failed_a_new_process_leaves_out_what_it_failed_under(file: Path, name: str) -> None:
     lab = make_lab(cutlass=dying, triton=upstream(20.0))
     if name == "ours":
-        lab = replace(lab, ours=lambda problem: replace(ours(problem), make=lambda *_: dying(None, None)))
+        lab = replace(lab, ours={"auto": lambda problem: replace(ours(problem), make=lambda *_: dying(None, None))})
         lab = replace(lab, upstream={"triton": upstream(20.0)})
     deaths = 0
     while True:
@@ -245,10 +245,43 @@ def test_checks_are_kept_and_a_wrong_layer_is_found(file: Path) -> None:
         return replace(ours(problem), make=make)
 
     other = file.with_name("wrong.json")
-    result = do(other, replace(make_lab(), ours=wrong), checked=True, tokens=[])
+    result = do(other, replace(make_lab(), ours={"auto": wrong}), checked=True, tokens=[])
     bad = [found for found in result["checks"] if not found["good"]]
     assert len(bad) == 2 + 9  # an empty routing gives zeros either way
     assert result["findings"][0].startswith("wrong: TP8, 16 tokens, spread routing: error 0.")
+
+
+def test_each_backend_that_is_asked_for_has_rows_of_its_own(file: Path) -> None:
+    lab = replace(
+        make_lab(triton=upstream(20.0)), ours={"triton": ours, "hopper": lambda p: replace(ours(p), backend="hopper")}
+    )
+    result = do(file, lab)
+    assert [(row["tokens"], row["asked"], row["backend"]) for row in result["rows"]] == [
+        *((1, "triton", "triton"), (1, "hopper", "hopper"), (64, "triton", "triton"), (64, "hopper", "hopper"))
+    ]
+    assert do(file, lab)["rows"] == result["rows"]
+
+
+def test_backends_are_preferred_around_each_call_where_there_are_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    preferred: list[str] = []
+    several = SimpleNamespace(
+        BACKENDS=[SimpleNamespace(name="triton"), SimpleNamespace(name="hopper")],
+        UPSTREAM="upstream",
+        prefer=preferred.append,
+        route=lambda problem, card: preferred[-1] if preferred[-1] != "auto" else "upstream",
+    )
+    monkeypatch.setattr(kernel, "_backends_module", lambda: several)
+    monkeypatch.setattr("vllm_glm_patch.moe.op.fused_moe_fp8", lambda *_, **__: None)
+    monkeypatch.setattr("vllm_glm_patch.moe.op.workspace_bytes", lambda *_: 16)
+    made = {name: make(small("TP8")) for name, make in kernel.our_layers(CPU, ["hopper", "auto"]).items()}
+    assert {name: one.backend for name, one in made.items()} == {"hopper": "hopper", "auto": "triton"}
+    preferred.clear()
+    inputs = generators.make_inputs(small("TP8"), 0)
+    for name in ("hopper", "auto", "hopper"):
+        made[name].make(inputs, torch.empty(0), torch.empty(0))()
+    assert preferred == ["hopper", "auto", "hopper"]
+    with pytest.raises(UserError, match="--backends has 'cutlass'; give some of auto,triton,hopper"):
+        kernel.our_layers(CPU, ["cutlass"])
 
 
 def test_rows_of_shapes_with_an_expert_map_are_timed_too(file: Path) -> None:

@@ -219,6 +219,7 @@ def kernel_row(shape: str, tokens: int, ours: float | None, best: float, **other
         "vllm": "0.26.0",
         "shape": shape,
         "tokens": tokens,
+        "asked": "auto",
         "backend": "triton",
         "ours_us": ours,
         "cutlass_us": 1.2 * best,
@@ -305,6 +306,13 @@ def test_layers_of_several_cards_are_put_side_by_side(tmp_path: Path) -> None:
     page = (tmp_path / "both" / "report.html").read_text()
     assert "The MoE layer: all results" in page
     assert "vLLM 0.26.0 on NVIDIA H200: ratio</th>" in page
+
+
+def test_backends_that_were_asked_for_have_pictures_of_their_own(tmp_path: Path) -> None:
+    rows = [kernel_row("TP8", n, 40.0, 60.0, asked=name, backend=name) for name in ("triton", "hopper") for n in (1, 64)]
+    answer = run("bench", "report", kernel_written(tmp_path, rows=rows))
+    names = [Path(line).name for line in answer.out.splitlines()]
+    assert names == ["report.html", "1-kernel-TP8__triton.png", "1-kernel-TP8__hopper.png", "1-kernel-ratios.png"]
 
 
 def test_results_of_the_same_vllm_and_card_are_told_apart_by_their_folders(tmp_path: Path) -> None:

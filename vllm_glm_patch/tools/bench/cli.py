@@ -115,6 +115,7 @@ def kernel(
     out: Path = typer.Option(Path("kernel.json"), help="Result file, or a folder for it; one that is there is gone on with."),
     shapes: str = typer.Option("TP8", help="Ranks of GLM-4.6, one or several of TP8,TP4,TP2,TP1,EP8."),
     tokens: Optional[str] = typer.Option(None, help="Token counts: 1,64,8192. [default: 1 to 16384 by powers of two]"),
+    backends: str = typer.Option("auto", help="auto: as the tables choose. Or one or several of this package's: triton,…"),
     check: bool = typer.Option(True, help="Compare with float64 first, at tile edges and under bad expert ids."),
     time_it: bool = typer.Option(True, "--time/--no-time", help="Time it."),
     upstream: bool = typer.Option(True, help="Also time what the installed vLLM has."),
@@ -142,6 +143,7 @@ def kernel(
             file,
             shapes.split(","),
             counts if time_it else [],
+            asked=backends.split(","),
             checked=check,
             with_upstream=upstream,
             minutes=minutes,
@@ -225,13 +227,14 @@ def _show_kernel(result: dict[str, Any]) -> None:
         (
             row["shape"],
             str(row["tokens"]),
+            row["backend"],
             *("–" if row[name] is None else f"{row[name]:.1f}" for name in _KERNEL_TIMES),
             f"{row['floor_us']:.1f}",
             "–" if row["ratio"] is None else f"{row['ratio']:.2f} ({row['ratio_low']:.2f} – {row['ratio_high']:.2f})",
         )
         for row in result["rows"]
     ]
-    head = ("shape", "tokens", "ours, µs", "cutlass", "triton", "triton, tuned", "floor", "ratio (spread)")
+    head = ("shape", "tokens", "backend", "ours, µs", "cutlass", "triton", "triton, tuned", "floor", "ratio (spread)")
     show(Table(f"{result['machine']['card']}, vLLM {result['machine']['vllm']}", head, rows))
     good = sum(found["good"] for found in result["checks"])
     typer.echo(f"{good} of {len(result['checks'])} checks are good.")

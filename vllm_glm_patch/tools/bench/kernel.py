@@ -9,6 +9,7 @@ works on any device with another `Timer`, which is how it is tested.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 import statistics
 import time
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from vllm_glm_patch.moe.problem import Problem
 
 OURS = "ours"
+AUTO = "auto"
 ROUNDS = 4
 REPLAYS = 10
 MOST_INPUTS = 16
@@ -94,7 +96,8 @@ class Lab:
     """A torch device."""
     l2_bytes: int
     timer: Timer
-    ours: Callable[[Problem], Ours]
+    ours: Mapping[str, Callable[[Problem], Ours]]
+    """By what is asked for: ``auto``, or a backend. Each is timed against upstream on its own."""
     upstream: Mapping[str, Builder]
     """By name; empty without a vLLM."""
     roofline: Roofline
@@ -107,7 +110,7 @@ class Ours:
     """Our implementation as it is chosen for one problem."""
 
     backend: str
-    """``triton`` or ``hopper``."""
+    """The one that serves this problem."""
     config: dict[str, Any]
     """Tiles and stages, for the record."""
     workspace_bytes: int
@@ -169,7 +172,17 @@ def take_turns(
     return {name: found for name, found in times.items() if name not in failed}, failed
 
 
-def time_layer(lab: Lab, shape: str, tokens: int, weights: Weights, seed: int, without: Mapping[str, str]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Case:
+    """What one row is of."""
+
+    shape: str
+    tokens: int
+    asked: str
+    """A key of `Lab.ours`."""
+
+
+def time_layer(lab: Lab, case: Case, weights: Weights, seed: int, without: Mapping[str, str]) -> dict[str, Any]:
     """One row of the result file, but for `vllm`.
 
     Args:
@@ -185,11 +198,11 @@ def time_layer(lab: Lab, shape: str, tokens: int, weights: Weights, seed: int, w
     from vllm_glm_patch.moe import generators
     from vllm_glm_patch.moe.reference import fused_moe, relative_error
 
-    problem = problem_of(shape, tokens)
+    problem = problem_of(case.shape, case.tokens)
     count = inputs_for(problem, lab.l2_bytes)
     sets = [generators.make_inputs(problem, seed + number, "spread", lab.device, weights) for number in range(count)]
     used, most = generators.spread(sets[0].topk_ids, problem)  # make_inputs has refused what is not spread
-    ours = lab.ours(problem)
+    ours = lab.ours[case.asked](problem)
     workspace = torch.empty(ours.workspace_bytes, dtype=torch.uint8, device=lab.device)
     failed = dict(without)
     calls: dict[str, list[Callable[[], torch.Tensor]]] = {}
@@ -218,7 +231,7 @@ def time_layer(lab: Lab, shape: str, tokens: int, weights: Weights, seed: int, w
     times, more = take_turns(calls, lab.timer, lab.rounds, lab.replays)
     failed |= more
     weights_mb = count * problem.active_experts() * problem.expert_bytes / 1e6
-    row = row_of(shape, tokens, times, errors, lab.roofline.floor(problem))
+    row = row_of(case, times, errors, lab.roofline.floor(problem))
     return {
         **row,
         "backend": ours.backend,
@@ -233,7 +246,7 @@ def time_layer(lab: Lab, shape: str, tokens: int, weights: Weights, seed: int, w
 
 
 def row_of(
-    shape: str, tokens: int, times: Mapping[str, Sequence[float]], errors: Mapping[str, float], floor: tuple[float, str]
+    case: Case, times: Mapping[str, Sequence[float]], errors: Mapping[str, float], floor: tuple[float, str]
 ) -> dict[str, Any]:
     """Medians over the rounds, the best of upstream's, and the ratio to it with its spread over the rounds."""
     us = {name: statistics.median(found) for name, found in times.items()}
@@ -244,8 +257,9 @@ def row_of(
         ratio = round(us[best] / us[OURS], 3)
         low, high = round(min(times[best]) / max(times[OURS]), 3), round(max(times[best]) / min(times[OURS]), 3)
     return {
-        "shape": shape,
-        "tokens": tokens,
+        "shape": case.shape,
+        "tokens": case.tokens,
+        "asked": case.asked,
         **{f"{name}_us": round(us[name], 2) if name in us else None for name in (OURS, *NAMES)},
         "best_upstream": best,
         "ratio": ratio,
@@ -258,7 +272,7 @@ def row_of(
     }
 
 
-def check_layer(lab: Lab, shape: str, tokens: int, routing: str, weights: Weights, seed: int) -> dict[str, Any]:
+def check_layer(lab: Lab, case: Case, routing: str, weights: Weights, seed: int) -> dict[str, Any]:
     """One call under poisoned output and workspace, twice; its error against float64 with and without FP8 steps.
 
     Raises:
@@ -270,10 +284,10 @@ def check_layer(lab: Lab, shape: str, tokens: int, routing: str, weights: Weight
     from vllm_glm_patch.moe.op import problem_of as read_problem
     from vllm_glm_patch.moe.reference import fused_moe, relative_error
 
-    problem = problem_of(shape, tokens)
+    problem = problem_of(case.shape, case.tokens)
     inputs = generators.make_inputs(problem, seed, routing, lab.device, weights)  # type: ignore[arg-type]
     read_problem(*inputs.positional(), inputs.expert_map)
-    ours = lab.ours(problem)
+    ours = lab.ours[case.asked](problem)
     outs = []
     try:
         for poison in (0xFF, 0x7F):
@@ -289,8 +303,9 @@ def check_layer(lab: Lab, shape: str, tokens: int, routing: str, weights: Weight
     except Exception as failure:
         raise Died(OURS, _survivable(OURS, failure)) from failure
     return {
-        "shape": shape,
-        "tokens": tokens,
+        "shape": case.shape,
+        "tokens": case.tokens,
+        "asked": case.asked,
         "routing": routing,
         "backend": ours.backend,
         "error": _finite(error),
@@ -319,43 +334,46 @@ class Work:
         """
         from vllm_glm_patch.moe import generators
 
-        cases: list[tuple[int, str]] = [*((tokens, "spread") for tokens in CHECKED), *CHECKED_ROUTINGS] if checked else []
+        routings: list[tuple[int, str]] = [*((count, "spread") for count in CHECKED), *CHECKED_ROUTINGS] if checked else []
         for shape in shapes:
-            todo_checks = [case for case in cases if not self._checked(shape, *case)]
-            todo_times = [tokens for tokens in timed if not self._timed(shape, tokens)]
-            if not todo_checks and not todo_times:
+            checks = [(Case(shape, count, asked), routing) for asked in self.lab.ours for count, routing in routings]
+            cases = [Case(shape, count, asked) for count in timed for asked in self.lab.ours]
+            checks = [(case, routing) for case, routing in checks if not self._checked(case, routing)]
+            cases = [case for case in cases if not self._timed(case)]
+            if not checks and not cases:
                 continue
             weights = generators.make_weights(problem_of(shape), _generator(self.lab.device, seed))
-            for tokens, routing in todo_checks:
+            for case, routing in checks:
                 if self._is_over():
                     return
-                self._check(shape, tokens, routing, weights, seed)
-            for tokens in todo_times:
+                self._check(case, routing, weights, seed)
+            for case in cases:
                 if self._is_over():
                     return
-                self._time(shape, tokens, weights, seed)
+                self._time(case, weights, seed)
             del weights
         self.result["complete"] = True
         self.save()
 
-    def _check(self, shape: str, tokens: int, routing: str, weights: Weights, seed: int) -> None:
+    def _check(self, case: Case, routing: str, weights: Weights, seed: int) -> None:
         check_interrupted()
-        found = check_layer(self.lab, shape, tokens, routing, weights, seed)
+        found = check_layer(self.lab, case, routing, weights, seed)
         self.result["checks"].append(found)
         if not found["good"]:
-            self._find(f"wrong: {shape}, {tokens} tokens, {routing} routing: error {found['error']}")
+            self._find(f"wrong: {case.shape}, {case.tokens} tokens, {routing} routing: error {found['error']}")
         self.save()
 
-    def _time(self, shape: str, tokens: int, weights: Weights, seed: int) -> None:
+    def _time(self, case: Case, weights: Weights, seed: int) -> None:
         check_interrupted()
-        before = self._row(shape, tokens)
+        before = self._row(case)
         without = before["failed"] if before else {}
-        backend = self.lab.ours(problem_of(shape, tokens)).backend  # now: a failed device answers nothing
+        problem = problem_of(case.shape, case.tokens)
+        backend = self.lab.ours[case.asked](problem).backend  # now: a failed device answers nothing
         try:
-            row = time_layer(self.lab, shape, tokens, weights, seed, without)
+            row = time_layer(self.lab, case, weights, seed, without)
         except Died as death:
             row = {
-                **row_of(shape, tokens, {}, {}, self.lab.roofline.floor(problem_of(shape, tokens))),
+                **row_of(case, {}, {}, self.lab.roofline.floor(problem)),
                 "backend": backend,
                 "inputs": 0,
                 "weights_mb": 0.0,
@@ -366,7 +384,7 @@ class Work:
                 "failed": {**without, death.name: death.error},
             }
             self._put(row, before)
-            self._find(f"{death.name} died at {tokens} tokens of {shape}: {death.error}")
+            self._find(f"{death.name} died at {case.tokens} tokens of {case.shape}: {death.error}")
             raise
         self._put(row, before)
         self.say(line_of(row))
@@ -378,16 +396,15 @@ class Work:
             rows.remove(before)
         rows.append({"vllm": self.result["machine"]["vllm"], **row})
 
-    def _row(self, shape: str, tokens: int) -> Optional[dict[str, Any]]:
-        return next((row for row in self.result["rows"] if (row["shape"], row["tokens"]) == (shape, tokens)), None)
+    def _row(self, case: Case) -> Optional[dict[str, Any]]:
+        return next((row for row in self.result["rows"] if _case_of(row) == case), None)
 
-    def _timed(self, shape: str, tokens: int) -> bool:
-        row = self._row(shape, tokens)
+    def _timed(self, case: Case) -> bool:
+        row = self._row(case)
         return row is not None and (row[f"{OURS}_us"] is not None or OURS in row["failed"])
 
-    def _checked(self, shape: str, tokens: int, routing: str) -> bool:
-        key = (shape, tokens, routing)
-        return any((found["shape"], found["tokens"], found["routing"]) == key for found in self.result["checks"])
+    def _checked(self, case: Case, routing: str) -> bool:
+        return any(_case_of(found) == case and found["routing"] == routing for found in self.result["checks"])
 
     def _is_over(self) -> bool:
         over = self.stop_at is not None and time.monotonic() > self.stop_at
@@ -402,31 +419,75 @@ class Work:
         self.save()
 
 
+def _case_of(item: Mapping[str, Any]) -> Case:
+    return Case(item["shape"], item["tokens"], item["asked"])
+
+
 def line_of(row: Mapping[str, Any]) -> str:
     """A row for people, on one line."""
     times = [f"{name} {row[f'{name}_us']:.1f}" for name in (OURS, *NAMES) if row[f"{name}_us"] is not None]
     ratio = f", ratio {row['ratio']:.2f}" if row["ratio"] is not None else ""
     failed = "".join(f"; {name}: {why[:80]}" for name, why in row["failed"].items())
-    return f"{row['shape']} {row['tokens']} tokens, µs: {', '.join(times)}, floor {row['floor_us']:.1f}{ratio}{failed}"
+    where = f"{row['shape']} {row['tokens']} tokens, {row['backend']}"
+    return f"{where}, µs: {', '.join(times)}, floor {row['floor_us']:.1f}{ratio}{failed}"
 
 
-def our_layer(device: Any) -> Callable[[Problem], Ours]:
-    """The layer of this package, as its dispatch chooses it."""
+def our_layers(device: Any, asked: Sequence[str]) -> dict[str, Callable[[Problem], Ours]]:
+    """The layer of this package: `AUTO` as its tables choose, a backend's name to have that one.
+
+    Raises:
+        UserError: there is no such backend.
+    """
+    known = (AUTO, *_backends())
+    for name in asked:
+        if name not in known:
+            raise UserError(f"--backends has {name!r}; give some of {','.join(known)}.")
+    return {name: _our_layer(device, name) for name in asked}
+
+
+def _backends() -> tuple[str, ...]:
+    module = _backends_module()
+    return ("triton",) if module is None else tuple(backend.name for backend in module.BACKENDS)
+
+
+def _backends_module() -> Any:
+    """moe/backends.py, where this package has more than one."""
+    try:
+        return importlib.import_module("vllm_glm_patch.moe.backends")
+    except ModuleNotFoundError:
+        return None
+
+
+def _our_layer(device: Any, asked: str) -> Callable[[Problem], Ours]:
     import torch
 
     from vllm_glm_patch.moe import fused_moe_fp8, workspace_bytes
     from vllm_glm_patch.moe.dispatch import choose, read_card
     from vllm_glm_patch.moe.workspace import TOKENS_PER_PASS
 
+    card = read_card(torch.device(device).index or 0 if torch.device(device).type == "cuda" else None)
+    backends = _backends_module()
+
+    def prefer() -> None:
+        if backends is not None:
+            backends.prefer(asked)
+
     def chosen(problem: Problem) -> Ours:
+        prefer()
         part = dataclasses.replace(problem, tokens=min(problem.tokens, TOKENS_PER_PASS))
-        config = choose(part, read_card(torch.cuda.current_device() if torch.device(device).type == "cuda" else None))
+        backend = "triton" if backends is None else backends.route(part, card)
+        if backends is not None and backend == backends.UPSTREAM:
+            backend = "triton"  # what the operator itself does, once it is called
 
         def make(inputs: Inputs, out: torch.Tensor, workspace: torch.Tensor) -> Callable[[], torch.Tensor]:
-            return lambda: fused_moe_fp8(*inputs.positional(), expert_map=inputs.expert_map, out=out, workspace=workspace)
+            def call() -> torch.Tensor:
+                prefer()
+                return fused_moe_fp8(*inputs.positional(), expert_map=inputs.expert_map, out=out, workspace=workspace)
 
-        backend = str(getattr(config, "backend", "triton"))
-        return Ours(backend, config.to_dict(), workspace_bytes(problem, device), make)
+            return call
+
+        config = choose(part, card).to_dict() if backend == "triton" else {}
+        return Ours(backend, config, workspace_bytes(problem, device), make)
 
     return chosen
 

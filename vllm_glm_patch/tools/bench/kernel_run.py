@@ -14,7 +14,7 @@ from typing import Any, Optional
 from ...errors import UserError
 from ..processes import interruptible
 from . import kernel_card, machine, schema
-from .kernel import L2_TREATMENT, REPLAYS, ROUNDS, Died, GraphTimer, Lab, Work, our_layer, problem_of
+from .kernel import L2_TREATMENT, REPLAYS, ROUNDS, Died, GraphTimer, Lab, Work, our_layers, problem_of
 from .kernel_upstream import BUILDERS
 
 _UNTIL = "_GLM_PATCH_BENCH_UNTIL"  # time.time() until which a process that goes on for another may measure
@@ -51,16 +51,21 @@ def card_facts(with_upstream: bool) -> dict[str, str]:
     return {**found, "vllm": found.get("vllm", "none") if with_upstream else "none"}
 
 
-def make_lab(with_upstream: bool) -> Lab:
-    """Everything of the current card; measures its ceilings."""
+def make_lab(with_upstream: bool, asked: Sequence[str]) -> Lab:
+    """Everything of the current card; measures its ceilings.
+
+    Raises:
+        UserError: a backend that is asked for is not known.
+    """
     import torch
 
     device = torch.device("cuda", torch.cuda.current_device())
+    ours = our_layers(device, asked)
     timer = GraphTimer()
     roofline = kernel_card.measure(device, timer.us_of)
     l2_bytes = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", _L2_OF_HOPPER)
     has_vllm = importlib.util.find_spec("vllm") is not None
-    return Lab(device, l2_bytes, timer, our_layer(device), BUILDERS if with_upstream and has_vllm else {}, roofline)
+    return Lab(device, l2_bytes, timer, ours, BUILDERS if with_upstream and has_vllm else {}, roofline)
 
 
 def begin(file: Path, facts: dict[str, str], shapes: Sequence[str], tokens: Sequence[int], seed: int) -> dict[str, Any]:
@@ -117,6 +122,7 @@ def work(
     shapes: Sequence[str],
     tokens: Sequence[int],
     *,
+    asked: Sequence[str],
     checked: bool,
     with_upstream: bool,
     minutes: Optional[float],
@@ -136,7 +142,7 @@ def work(
     until = float(os.environ.pop(_UNTIL, 0)) or (time.time() + 60 * minutes if minutes else None)
     result = begin(file, card_facts(with_upstream), shapes, tokens, seed)
     with interruptible():
-        lab = make_lab(with_upstream)
+        lab = make_lab(with_upstream, asked)
         result["roofline"] = result["roofline"] or lab.roofline.as_dict()
 
         def save() -> None:

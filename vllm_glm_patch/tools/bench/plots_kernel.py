@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Optional
 
+from .kernel import AUTO
 from .kernel_upstream import NAMES
 from .plots import STYLE, VERDICTS, png, pyplot, verdict
 
@@ -17,11 +18,16 @@ _LOOKS = {
 _COLOURS = ("#0b6bcb", "#e0a030", "#2e8b57", "#b07aa1", "#c0392b", "#59636e")
 
 
+def kind_of(row: dict[str, Any]) -> str:
+    """The shape, and the backend where one was asked for: rows of a kind belong to one line."""
+    return str(row["shape"]) if row["asked"] == AUTO else f"{row['shape']}, {row['asked']}"
+
+
 def times(result: dict[str, Any]) -> dict[str, bytes]:
-    """PNG by shape: microseconds against tokens, both logarithmic, of all that was timed, and the floor."""
+    """PNG by kind: microseconds against tokens, both logarithmic, of all that was timed, and the floor."""
     drawn = {}
-    for shape in dict.fromkeys(row["shape"] for row in result["rows"]):
-        rows = sorted((row for row in result["rows"] if row["shape"] == shape), key=lambda row: row["tokens"])
+    for shape in dict.fromkeys(map(kind_of, result["rows"])):
+        rows = sorted((row for row in result["rows"] if kind_of(row) == shape), key=lambda row: row["tokens"])
         if any(row["ours_us"] is not None for row in rows):
             drawn[shape] = _times(rows, shape, result["machine"])
     return drawn
@@ -62,14 +68,14 @@ def ratio_bars(result: dict[str, Any]) -> Optional[bytes]:
     if not rows:
         return None
     plt = pyplot()
-    shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    most = max(sum(row["shape"] == shape for row in rows) for shape in shapes)
+    shapes = list(dict.fromkeys(map(kind_of, rows)))
+    most = max(sum(kind_of(row) == shape for row in rows) for shape in shapes)
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(
             1, len(shapes), figsize=(max(5.5, 2.6 * len(shapes)), 1.2 + 0.3 * most), layout="constrained", squeeze=False
         )
         for panel, shape in zip(panels[0], shapes):
-            mine = sorted((row for row in rows if row["shape"] == shape), key=lambda row: row["tokens"])
+            mine = sorted((row for row in rows if kind_of(row) == shape), key=lambda row: row["tokens"])
             for place, row in enumerate(mine):
                 panel.barh(place, row["ratio"], height=0.62, color=VERDICTS[verdict(row)])
                 panel.plot([row["ratio_low"], row["ratio_high"]], [place, place], color="black", linewidth=1)
@@ -89,7 +95,7 @@ def ratio_bars(result: dict[str, Any]) -> Optional[bytes]:
 
 def ratios_of_all(results: Sequence[tuple[str, dict[str, Any]]]) -> Optional[bytes]:
     """PNG: the ratios of several results against tokens, a panel a shape. None where nothing can be compared."""
-    shapes = list(dict.fromkeys(row["shape"] for _, result in results for row in result["rows"] if row["ratio"]))
+    shapes = list(dict.fromkeys(kind_of(row) for _, result in results for row in result["rows"] if row["ratio"]))
     if not shapes:
         return None
     plt = pyplot()
@@ -99,11 +105,11 @@ def ratios_of_all(results: Sequence[tuple[str, dict[str, Any]]]) -> Optional[byt
         )
         for panel, shape in zip(panels[0], shapes):
             for number, (name, result) in enumerate(results):
-                mine = sorted((r["tokens"], r["ratio"]) for r in result["rows"] if r["shape"] == shape and r["ratio"])
+                mine = sorted((r["tokens"], r["ratio"]) for r in result["rows"] if kind_of(r) == shape and r["ratio"])
                 if mine:
                     panel.plot(*zip(*mine), marker="o", markersize=4, color=_COLOURS[number % len(_COLOURS)], label=name)
             panel.axhline(1, color="black", linewidth=0.8)
-            counts = sorted({row["tokens"] for _, result in results for row in result["rows"] if row["shape"] == shape})
+            counts = sorted({row["tokens"] for _, result in results for row in result["rows"] if kind_of(row) == shape})
             panel.set_xscale("log", base=2)
             panel.set_xticks(counts, [f"{count:,}" for count in counts], rotation=45 if len(counts) > 6 else 0)
             panel.minorticks_off()

@@ -19,9 +19,9 @@ EXPLANATION = (
 def overview(results: Sequence[tuple[str, dict[str, Any]]]) -> str:
     """The ratios and times of all results side by side."""
     rows_of_all = [row for _, result in results for row in result["rows"]]
-    shapes = list(dict.fromkeys(row["shape"] for row in rows_of_all))
-    keys = {(row["shape"], row["tokens"]) for row in rows_of_all}
-    by_result = [{(row["shape"], row["tokens"]): row for row in result["rows"]} for _, result in results]
+    shapes = list(dict.fromkeys(map(plots_kernel.kind_of, rows_of_all)))
+    keys = {(plots_kernel.kind_of(row), row["tokens"]) for row in rows_of_all}
+    by_result = [{(plots_kernel.kind_of(row), row["tokens"]): row for row in result["rows"]} for _, result in results]
     head = ["shape", "tokens", *(f"{name}: {what}" for name, _ in results for what in ("ours, µs", "ratio"))]
     body = []
     for shape, tokens in sorted(keys, key=lambda key: (shapes.index(key[0]), key[1])):

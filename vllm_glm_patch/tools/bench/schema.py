@@ -119,6 +119,7 @@ _KERNEL = _table(
         _table(
             shape=_TEXT,
             tokens=_WHOLE,
+            asked=_TEXT,
             routing=_TEXT,
             backend=_TEXT,
             error=_NUMBER,
@@ -132,6 +133,7 @@ _KERNEL = _table(
             vllm=_TEXT,
             shape=_TEXT,
             tokens=_WHOLE,
+            asked=_TEXT,
             backend=_TEXT,
             ours_us=_NUMBER,
             cutlass_us=_NUMBER,
