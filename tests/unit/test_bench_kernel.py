@@ -356,6 +356,31 @@ def test_a_new_process_gets_the_same_command_and_the_time_that_is_left(monkeypat
     assert kernel_run.os.environ[kernel_run._UNTIL] == "123.0"
 
 
+def test_the_command_measures_saves_and_goes_on_with_one_roofline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it but the card."""
+    monkeypatch.setattr(kernel, "problem_of", small)
+    monkeypatch.setattr(kernel, "CHECKED", ())
+    monkeypatch.setattr(kernel_run, "check_card", lambda: None)
+    monkeypatch.setattr(kernel_run, "card_facts", lambda with_upstream: facts())
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+    labs = [replace(make_lab(triton=upstream(20.0)), roofline=replace(ROOFLINE, read_tb_s=r)) for r in (3.0, 1.0, 1.0)]
+    monkeypatch.setattr(kernel_run, "make_lab", lambda with_upstream, asked: labs.pop(0))
+    arguments = ("bench", "kernel", "--out", tmp_path)
+    first = run(*arguments, "--tokens", 1, "--no-check", "--json")
+    assert first.code == 0
+    assert first.json() == schema.read(tmp_path / "kernel.json")
+    assert "TP8 1 tokens, triton, µs: ours 10.0, triton 20.0" in first.err
+    assert run(*arguments, "--tokens", "1,64", "--no-check").code == 0
+    result = schema.read(tmp_path / "kernel.json")
+    assert [row["tokens"] for row in result["rows"]] == [1, 64]
+    assert result["roofline"]["read_tb_s"] == 3.0
+    assert result["rows"][1]["floor_us"] == ROOFLINE.floor(small("TP8", 64))[0]
+    monkeypatch.setattr(kernel, "_ERROR", 0.0)
+    wrong = run(*arguments, "--no-time")
+    assert wrong.code == 1
+    assert "of 12 checks are good" in wrong.out
+
+
 # How upstream's functions are called: stand-ins with the signatures of releases.
 
 

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Optional
@@ -143,7 +144,9 @@ def work(
     result = begin(file, card_facts(with_upstream), shapes, tokens, seed)
     with interruptible():
         lab = make_lab(with_upstream, asked)
-        result["roofline"] = result["roofline"] or lab.roofline.as_dict()
+        if result["roofline"]:  # one floor for all rows of a file
+            lab = replace(lab, roofline=kernel_card.Roofline(**result["roofline"]))
+        result["roofline"] = lab.roofline.as_dict()
 
         def save() -> None:
             result["finished"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
