@@ -29,23 +29,26 @@ start)
 print(pathlib.Path(importlib.util.find_spec("vllm").origin).parent / "benchmarks" / "serve.py")' 2>/dev/null)
     quick=()
     grep -qs "Skipping endpoint ready check" "$client" && quick=(--ready-check-timeout-sec 0)
-    # shellcheck disable=SC2086
-    setsid nohup python3 -m vllm_glm_patch bench serve "$keep/model" "${flags[@]}" ${SERVE_FLAGS:-} --out "$keep/$name" \
+    rm -f "$name.exit"
+    # shellcheck disable=SC2086,SC2016
+    setsid nohup bash -c 'name=$1; shift; "$@"; echo $? >"$name.exit"' - "$name" \
+        python3 -m vllm_glm_patch bench serve "$keep/model" "${flags[@]}" ${SERVE_FLAGS:-} --out "$keep/$name" \
         --cases "${CASES:-prefill,decode,mixed}" --order "${ORDER:-AB}" --minutes "$minutes" --warm-each case --deaths 1 \
         --start-limit 420 -- "${quick[@]}" >"$name.txt" 2>&1 </dev/null &
     echo $! >"$name.pid"
     ;;
 wait)
     name=$2
-    pid=$(cat "$keep/$name.pid")
+    # The file, too: nobody may have buried the process.
+    runs() { [ ! -e "$keep/$name.exit" ] && kill -0 "$(cat "$keep/$name.pid")" 2>/dev/null; }
     end=$((SECONDS + $3))
-    while [ "$SECONDS" -lt "$end" ] && kill -0 "$pid" 2>/dev/null; do sleep 1; done
+    while [ "$SECONDS" -lt "$end" ] && runs; do sleep 1; done
     mkdir -p "$OUT/$name"
     cp "$keep/$name/serve.json" "$OUT/$name/" 2>/dev/null
     cp "$keep/$name.txt" "$OUT/$name/"
     tar -C "$keep/$name" -czf "$OUT/$name/logs.tgz" . 2>/dev/null
     tail -n 30 "$keep/$name.txt"
-    if kill -0 "$pid" 2>/dev/null; then echo "$name still runs"; else echo "$name has ended"; fi
+    if runs; then echo "$name still runs"; else echo "$name has ended, exit code $(cat "$keep/$name.exit" 2>/dev/null)"; fi
     ;;
 *)
     sed -n '2,8p' "$0"

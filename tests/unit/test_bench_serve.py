@@ -377,7 +377,7 @@ def test_the_session_for_a_card_runs_in_the_background_and_hands_over_what_there
 
     session("start", "old", "5")
     assert session("wait", "old", "0").endswith("old still runs\n")
-    assert session("wait", "old", "200").endswith("old has ended\n")
+    assert session("wait", "old", "200").endswith("old has ended, exit code 0\n")
     result = schema.read(tmp_path / "brought" / "old" / "serve.json")
     assert result["complete"], (tmp_path / "brought" / "old" / "old.txt").read_text()
     server = bench.calls()[0]
