@@ -1,6 +1,7 @@
 """The native Hopper kernels on a card: each step against float64 with a picture of any fault, then times beside Triton's.
 
     python benchmarks/hopper.py --build --check --out $OUT                  # a minute: every kernel, small shapes first
+    python benchmarks/hopper.py --build --define GLM_WAIT_LIMIT=400000000LL --check --only row_c2 --out $OUT   # who hangs?
     python benchmarks/hopper.py --out $OUT [--shapes TP8] [--tokens 8192,64] [--seconds 240]
 
 The work is done in a child process: one that hangs or dies is killed, reported with the case it was at, and a new one
@@ -100,9 +101,19 @@ def timed(shape: str, tokens: int) -> list[Case]:
     return cases
 
 
-def build() -> None:
-    """Compile the launcher and the cubins into the source tree."""
-    folder = ROOT / "build/hopper"
+def build(defines: list[str]) -> None:
+    """Compile the launcher and the cubins into the source tree, with these macros added for this once."""
+    flags = ROOT / "csrc/hopper/flags.txt"
+    before = flags.read_text()
+    try:
+        flags.write_text(before + "".join(f"-D{define}\n" for define in defines))
+        run_cmake(ROOT / "build/hopper")
+    finally:
+        flags.write_text(before)
+
+
+def run_cmake(folder: Path) -> None:
+    """Configure, build, install; SystemExit with what the compiler said."""
     for command in (
         ["cmake", "-S", ROOT / "csrc/hopper", "-B", folder, "-G", "Ninja"],
         ["cmake", "--build", folder],
@@ -287,7 +298,7 @@ class Child:
 def run_cases(
     words: list[str], cases: list[Case], log: Path, end: float, limit: float = 40.0
 ) -> Iterator[tuple[Case, dict[str, Any]]]:
-    """Results in order; a new child, started by `words`, after each one that hung or died. Stops asking at `end`."""
+    """Results in order; a new child, started by `words`, after each one that hung, died or was wrong. Stops asking at `end`."""
     child: Child | None = None
     for case in cases:
         if time.monotonic() > end:
@@ -300,7 +311,8 @@ def run_cases(
                 text = log.read_text()[-1500:]
                 raise SystemExit(f"the child does not start: {ready['error']}\n{text}")
         result = child.ask(case, limit)
-        if "error" in result:
+        # After a wrong result too: a kernel may have spoilt what the next one meets.
+        if "error" in result or result.get("wrong"):
             child.end()
             child = None
         yield case, result
@@ -312,6 +324,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--build", action="store_true")
+    parser.add_argument(
+        "--define", action="append", default=[], help="with --build: GLM_WAIT_LIMIT=400000000LL, GLM_GATHER_WAITS"
+    )
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--only", default="", help="cases whose text has this")
     parser.add_argument("--shapes", default="TP8")
@@ -327,7 +342,7 @@ def main() -> int:
     start = time.monotonic()
     options.out.mkdir(parents=True, exist_ok=True)
     if options.build:
-        build()
+        build(options.define)
         print(f"built in {time.monotonic() - start:.0f} s", flush=True)
     cases = checks()
     if not options.check:

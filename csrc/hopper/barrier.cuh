@@ -30,6 +30,17 @@ GLM_DEVICE void barrier_arrive_at(u32 barrier, u32 rank) {
 }
 // Waits until the phase of this parity is complete. A new barrier counts as having completed parity 1.
 GLM_DEVICE void barrier_wait(u32 barrier, u32 parity) {
+#ifdef GLM_WAIT_LIMIT
+    WaitLimit limit;
+    u32 done = 0;
+    while (!done && !limit.over("barrier and parity", barrier - shared_base(), parity)) {
+        asm volatile(
+            "{\n\t.reg .pred p;\n\tmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\tselp.u32 %0, 1, 0, p;\n\t}"
+            : "=r"(done)
+            : "r"(barrier), "r"(parity)
+            : "memory");
+    }
+#else
     asm volatile(
         "{\n\t.reg .pred done;\n\t"
         "WAIT_%=:\n\t"
@@ -39,6 +50,7 @@ GLM_DEVICE void barrier_wait(u32 barrier, u32 parity) {
         "DONE_%=:\n\t}" ::"r"(barrier),
         "r"(parity)
         : "memory");
+#endif
 }
 
 // Named barriers 1 … 15 among `threads` threads (whole warps).

@@ -40,6 +40,10 @@ struct alignas(8) Vector2 {
     extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(threads, 1)
 #define GLM_MAP const __grid_constant__ TensorMap
 
+#if defined(GLM_WAIT_LIMIT) && !defined(__CUDACC_RTC__)
+#include <cstdio>
+#endif
+
 #ifdef __CUDACC__
 namespace glm_hopper {
 
@@ -51,6 +55,26 @@ GLM_DEVICE int cluster_rank() {
     asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     return static_cast<int>(rank);
 }
+
+// To find out who hangs: with GLM_WAIT_LIMIT (clocks, some 1.7e9 a second) a wait that takes longer says so, and all waits
+// go on from there, with wrong results. Slow; never in a wheel.
+#ifdef GLM_WAIT_LIMIT
+__device__ int waits_given_up;
+struct WaitLimit {
+    long long start = clock64();
+    __device__ bool over(const char* what, u32 first, u32 second) const {
+        if (*const_cast<volatile int*>(&waits_given_up) == 0 && clock64() - start < GLM_WAIT_LIMIT) return false;
+        if (atomicAdd(&waits_given_up, 1) < 200) {
+            printf("HANGS: block %d thread %d: %s %u %u\n", blockIdx.x, threadIdx.x, what, first, second);
+        }
+        return true;
+    }
+};
+#else
+struct WaitLimit {
+    GLM_DEVICE bool over(const char*, u32, u32) const { return false; }
+};
+#endif
 
 // The value of lane 0, which the compiler then knows to be the same in the whole warp.
 GLM_DEVICE int warp_uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
@@ -139,9 +163,10 @@ GLM_DEVICE void release_add(int* counter) {
 // Waits until the counter has reached target; what its increments released is visible afterwards.
 GLM_DEVICE void acquire_at_least(const int* counter, int target) {
     int value;
+    WaitLimit limit;
     while (true) {
         asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
-        if (value >= target) break;
+        if (value >= target || limit.over("counter to reach", target, value)) break;
         __nanosleep(64);
     }
 }
