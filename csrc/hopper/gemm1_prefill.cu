@@ -158,7 +158,11 @@ GLM_DEVICE void gemm1_prefill(const TensorMap& w13, const Gemm1Arguments& p) {
             }
             // Read as late as their latency allows: over the loops below every register counts.
             float token_scale[2];
-            auto read_token_scales = [&]() {
+            auto read_scales = [&]() {
+                const i64 channel = static_cast<i64>(p.tiles[tile]) * 2 * p.intermediate_size + item % blocks * COLUMNS;
+                const float* scales = p.w13_scales + channel;
+                if (lane < COLUMNS / 32) touch(scales + 32 * lane);
+                if (lane >= 16 && lane < 16 + COLUMNS / 32) touch(scales + p.intermediate_size + 32 * (lane - 16));
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     const int row = fragment_row(t, 2 * half);
@@ -190,7 +194,7 @@ GLM_DEVICE void gemm1_prefill(const TensorMap& w13, const Gemm1Arguments& p) {
                     }
                     position.advance();
                 }
-                read_token_scales();
+                read_scales();
             } else {
 #pragma unroll 1
                 for (int step = 0; step < steps; ++step) {
@@ -204,7 +208,7 @@ GLM_DEVICE void gemm1_prefill(const TensorMap& w13, const Gemm1Arguments& p) {
                     if (step > 0) release(position.previous());
                     position.advance();
                 }
-                read_token_scales();
+                read_scales();
                 mma_wait<0>();
                 mma_settle(gate);
                 mma_settle(up);

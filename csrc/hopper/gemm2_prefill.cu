@@ -192,8 +192,6 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Gemm2
             const int number = load_shared_int(item_number + 4 * item_position.slot);
             if (number == no_more) break;
             const Gemm2Item item = gemm2_item(number, tiles, p.slice, COLUMNS);
-            const int first_row = p.tiles[p.max_tiles + item.tile] + rows_before;
-            const int size = p.tiles[2 * p.max_tiles + item.tile] - rows_before;
             // 128 columns an instruction: one of 256 does not fit the 128 registers a thread of 512 starts with.
             float d[parts][gemm2_mma_columns / 2];
             for (int step = 0; step < steps; ++step) {
@@ -216,21 +214,29 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Gemm2
                 if (step > 0 && lane == 0) barrier_arrive(empty + 8 * position.previous());
                 position.advance();
             }
+            // What the rest needs is read while the last step multiplies.
+            const float* scales = p.w2_scales + static_cast<i64>(p.tiles[item.tile]) * p.hidden_size + item.column;
+            if (lane < COLUMNS / 32) touch(scales + 32 * lane);
+            const int first_row = p.tiles[p.max_tiles + item.tile] + rows_before;
+            const int size = p.tiles[2 * p.max_tiles + item.tile] - rows_before;
+            int pair[2];
+            float row_scale[2];
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int row = fragment_row(t, 2 * half);
+                pair[half] = row < size ? p.rows[first_row + row] : 0;
+                row_scale[half] = row < size ? p.act_scales[first_row + row] * p.topk_weights[pair[half]] : 0.0f;
+            }
             mma_wait<0>();
 #pragma unroll
             for (int part = 0; part < parts; ++part) mma_settle(d[part]);
             if (lane == 0) barrier_arrive(empty + 8 * position.previous());
             if (size > 0) {
-                const float* scales = p.w2_scales + static_cast<i64>(p.tiles[item.tile]) * p.hidden_size + item.column;
                 u16* slot = p.partial + (item.slice % p.slots) * slot_elements + (item.column - item.slice * p.slice);
-                float row_scale[2];
                 u16* target[2];
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    const int row = fragment_row(t, 2 * half);
-                    const int pair = row < size ? p.rows[first_row + row] : 0;
-                    row_scale[half] = row < size ? p.act_scales[first_row + row] * p.topk_weights[pair] : 0.0f;
-                    target[half] = slot + static_cast<i64>(pair) * p.slice + 8 * (lane % 4);
+                    target[half] = slot + static_cast<i64>(pair[half]) * p.slice + 8 * (lane % 4);
                 }
 #pragma unroll
                 for (int four = 0; four < COLUMNS / 32; ++four) {

@@ -104,6 +104,11 @@ GLM_DEVICE Vector4 load_fresh_16(const void* pointer) {
     return v;
 }
 GLM_DEVICE Vector4 load_16(const void* pointer) { return *static_cast<const Vector4*>(pointer); }
+// Brings the line into L1 for loads to come; a lane a line of 128 bytes.
+GLM_DEVICE void touch(const float* pointer) {
+    float unused;
+    asm volatile("ld.global.ca.f32 %0, [%1];" : "=f"(unused) : "l"(pointer));
+}
 GLM_DEVICE Float2 load_float2(const float* pointer) { return *reinterpret_cast<const Float2*>(pointer); }
 GLM_DEVICE void store_16(void* pointer, Vector4 v) { *static_cast<Vector4*>(pointer) = v; }
 // What nobody reads soon: leaves L2 first, so that it does not displace partial results.
