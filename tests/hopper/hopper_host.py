@@ -128,10 +128,14 @@ class Launch:
 
     number = pointer
 
+    def promotion(self, index: int) -> int:
+        """Bytes that L2 fetches at once for a map."""
+        return {2: 128, 3: 256}[self.arguments[index][9]]
+
     def tensor_map(self, index: int) -> dict[str, Any]:
         """What the mock driver made the map of."""
         words = [int.from_bytes(self.arguments[index][8 * i : 8 * i + 8], "little") for i in range(16)]
-        rank = words[1]
+        rank = words[1] & 0xFF
         return {
             "base": words[0],
             "dims": words[2 : 2 + rank],

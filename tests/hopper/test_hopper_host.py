@@ -213,6 +213,14 @@ def test_one_weight_may_have_two_kinds_of_maps(native: Native, mock: Mock) -> No
     assert rows["dims"] != interleaved["dims"]
 
 
+def test_l2_may_fetch_more_of_the_weights_at_once_and_only_of_them(native: Native, mock: Mock) -> None:
+    usual = run(native, "glm_gemm2_sum_n128", mock)
+    assert [usual.promotion(0), usual.promotion(1)] == [128, 128]
+    more = run(native, "glm_gemm2_sum_n128", mock, weight_promotion=256)
+    assert [more.promotion(0), more.promotion(1)] == [128, 256]
+    assert more.tensor_map(1) == usual.tensor_map(1)
+
+
 def test_the_least_recently_used_map_goes_first(native: Native, mock: Mock) -> None:
     native.cache_resize(2)
     first, second, third = 0x10000000, 0x20000000, 0x30000000
