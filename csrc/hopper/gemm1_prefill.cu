@@ -221,8 +221,8 @@ GLM_DEVICE void gemm1_prefill(const TensorMap& w13, const Gemm1Arguments& p) {
             float largest[2] = {0.0f, 0.0f};
 #pragma unroll
             for (int group = 0; group < COLUMNS / 8; ++group) {
-                const Float2 gate_scale = load_float2(gate_scales + fragment_column(t, 4 * group));
-                const Float2 up_scale = load_float2(up_scales + fragment_column(t, 4 * group));
+                const Float2 gate_scale = load_constant_2(gate_scales + fragment_column(t, 4 * group));
+                const Float2 up_scale = load_constant_2(up_scales + fragment_column(t, 4 * group));
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
 #pragma unroll

@@ -245,7 +245,7 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Gemm2
                     for (int group = 0; group < 4; ++group) {
                         const int i = 16 * four % (gemm2_mma_columns / 2) + 4 * group;
                         const float(&part)[gemm2_mma_columns / 2] = d[32 * four / gemm2_mma_columns];
-                        const Float2 scale = load_float2(scales + fragment_column(t, 16 * four + 4 * group));
+                        const Float2 scale = load_constant_2(scales + fragment_column(t, 16 * four + 4 * group));
 #pragma unroll
                         for (int half = 0; half < 2; ++half) {
                             packed[half][group] = pack_bf16(part[i + 2 * half] * scale.x * row_scale[half],

@@ -104,12 +104,14 @@ GLM_DEVICE Vector4 load_fresh_16(const void* pointer) {
     return v;
 }
 GLM_DEVICE Vector4 load_16(const void* pointer) { return *static_cast<const Vector4*>(pointer); }
-// Brings the line into L1 for loads to come; a lane a line of 128 bytes.
-GLM_DEVICE void touch(const float* pointer) {
-    float unused;
-    asm volatile("ld.global.ca.f32 %0, [%1];" : "=f"(unused) : "l"(pointer));
+// Brings a line of 128 bytes into L1 for loads to come. (A load nobody uses is dropped by ptxas, volatile or not.)
+GLM_DEVICE void touch(const float* pointer) { asm volatile("prefetch.global.L1 [%0];" ::"l"(pointer) : "memory"); }
+// What no launch writes, so that the compiler may move the load across stores.
+GLM_DEVICE Float2 load_constant_2(const float* pointer) {
+    Float2 v;
+    asm("ld.global.nc.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(pointer));
+    return v;
 }
-GLM_DEVICE Float2 load_float2(const float* pointer) { return *reinterpret_cast<const Float2*>(pointer); }
 GLM_DEVICE void store_16(void* pointer, Vector4 v) { *static_cast<Vector4*>(pointer) = v; }
 // What nobody reads soon: leaves L2 first, so that it does not displace partial results.
 GLM_DEVICE void store_last_16(void* pointer, Vector4 v) {
@@ -129,9 +131,10 @@ GLM_DEVICE int atomic_next_ordered(int* counter) {
                  : "memory");
     return value;
 }
-// Counts one up after everything this thread has seen (a barrier before it adds the others' stores).
+// Counts one up after everything this thread has seen (a barrier before it adds the others' stores). A release alone: the
+// fence of both directions would empty the multiprocessor's L1 each time.
 GLM_DEVICE void release_add(int* counter) {
-    asm volatile("fence.acq_rel.gpu;\n\tred.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
+    asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
 }
 // Waits until the counter has reached target; what its increments released is visible afterwards.
 GLM_DEVICE void acquire_at_least(const int* counter, int target) {

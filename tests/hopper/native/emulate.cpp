@@ -646,7 +646,7 @@ static void store_global(void* pointer, T value) {
 Vector4 load_fresh_16(const void* pointer) { return load_global<Vector4>(pointer); }
 Vector4 load_16(const void* pointer) { return load_global<Vector4>(pointer); }
 void touch(const float* pointer) { load_global<float>(pointer); }
-Float2 load_float2(const float* pointer) { return load_global<Float2>(pointer); }
+Float2 load_constant_2(const float* pointer) { return load_global<Float2>(pointer); }
 void store_16(void* pointer, Vector4 value) { store_global(pointer, value); }
 void store_8(void* pointer, Vector2 value) { store_global(pointer, value); }
 int atomic_next(int* counter) { return (*counter)++; }

@@ -78,7 +78,7 @@ void store_shared_8(u32 address, Vector2 value);
 Vector4 load_fresh_16(const void* pointer);
 Vector4 load_16(const void* pointer);
 void touch(const float* pointer);
-Float2 load_float2(const float* pointer);
+Float2 load_constant_2(const float* pointer);
 void store_16(void* pointer, Vector4 value);
 inline void store_last_16(void* pointer, Vector4 value) { store_16(pointer, value); }
 void store_8(void* pointer, Vector2 value);

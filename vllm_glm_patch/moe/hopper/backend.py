@@ -87,8 +87,8 @@ def default_config(problem: Problem) -> HopperConfig:
         rows = next((rows for rows in (8, 16, 32) if 1.5 * density <= rows), DECODE_ROWS)
         return HopperConfig(f"glm_gemm1_decode_t{rows}", f"glm_gemm2_decode_t{rows}")
     kind = "row" if problem.intermediate_size == ROW_WIDTH else "columns"
-    slice_width = max(width for width in (128, 256, 512) if problem.hidden_size % width == 0)
-    return HopperConfig(f"glm_gemm1_{kind}_c1", "glm_gemm2_sum_n128", slice_width)
+    # Two slots of 256 columns: 67 MB of partials at 8192 tokens × 8. More would not stay near L2, nor within the workspace.
+    return HopperConfig(f"glm_gemm1_{kind}_c1", "glm_gemm2_sum_n256", 256, 2)
 
 
 def triton_config(config: HopperConfig, native: Native) -> Config:
