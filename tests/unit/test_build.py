@@ -36,6 +36,7 @@ def tree(tmp_path: Path) -> Path:
     for name in ("vllm_glm_patch", "patches"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     (copy / "csrc" / "example").mkdir(parents=True)
+    shutil.copy(ROOT / "csrc" / "portable.h", copy / "csrc")
     (copy / "csrc" / "example" / "CMakeLists.txt").write_text(PART)
     (copy / "csrc" / "example" / "example.cpp").write_text('extern "C" int answer() { return 42; }\n')
     return copy
