@@ -13,6 +13,7 @@ import hashlib
 import json
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -189,6 +190,16 @@ def _digest_of_sources() -> str:
     for file in files:
         digest.update(str(file.relative_to(ROOT)).encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()
+
+
+def commit_of_sources() -> str:
+    """The last commit that changed what the wheel is made of, marked where it is not as committed."""
+    ours = ["--", *_SOURCES, *_SOURCE_FOLDERS]
+    last, changed = (
+        subprocess.run(["git", "-C", ROOT, *words, *ours], capture_output=True, text=True, check=False).stdout.strip()
+        for words in (["log", "-1", "--format=%h"], ["status", "--porcelain"])
+    )
+    return f"{last or 'unknown'}{'-dirty' if changed else ''}"
 
 
 def run_step(what: str, command: Sequence[str | Path], log: Path, next_step: str) -> None:

@@ -27,7 +27,7 @@ from typing import Any
 from packaging.version import InvalidVersion, Version
 from rich.markup import escape
 
-from tools.environment import ROOT, Environment, SetUpFailed, copy_sources
+from tools.environment import ROOT, Environment, SetUpFailed, commit_of_sources, copy_sources
 from tools.processes import Interrupted, interruptible
 from tools.progress import console, doing
 from tools.server import BUDGET, FLAGS, Answer, Server, ServerFailed, in_words, patch_table, varied_prompt, write_tiny_model
@@ -83,7 +83,7 @@ def main() -> int:
         with interruptible():
             if not arguments.render:
                 folder = arguments.folder.absolute()
-                wheel, commit = _build_wheel(folder), _commit()
+                wheel, commit = _build_wheel(folder), commit_of_sources()
                 for release in arguments.releases or RELEASES:
                     record = serve(release, folder / release, wheel, commit, keep=arguments.keep)
                     write(record)
@@ -186,11 +186,6 @@ def _versions(python: Path, *names: str) -> dict[str, str]:
 def _machine() -> str:
     named = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return named[1] if named else platform.machine()
-
-
-def _commit() -> str:
-    found = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
 
 
 def read(file: Path = RECORDS) -> list[Record]:
