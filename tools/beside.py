@@ -167,7 +167,7 @@ def judge(seen: dict[str, Any]) -> list[str]:
     wrong = []
     for name, one in seen["installers"].items():
         if one["failed"]:
-            wrong.append(f"{name}: {one['said']}")
+            wrong.append(f"{name}: {one['failed']}")
         if "vllm-glm-patch" not in one["added"]:
             wrong.append(f"{name} did not install the wheel")
         if one["changed"]:
