@@ -100,7 +100,15 @@ def test_every_module_is_written_in_the_grammar_of_python_3_9(file: Path) -> Non
 
 
 def vermin(*paths: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "vermin", "--target=3.9-", "--violations", "--no-tips", "--eval-annotations"]
+    command = [
+        sys.executable,
+        "-c",
+        "from vermin import main; main()",
+        "--target=3.9-",
+        "--violations",
+        "--no-tips",
+        "--eval-annotations",
+    ]
     return subprocess.run([*command, *map(str, paths)], capture_output=True, text=True, check=False)
 
 
