@@ -145,7 +145,8 @@ def build(tools: Path) -> tuple[Path, list[str]]:
     (work / "tree").mkdir(parents=True)
     copy_sources(work / "tree")
     shutil.copy2(ROOT / "CHANGELOG.md", work / "tree")
-    shutil.rmtree(DIST, ignore_errors=True)
+    for old in DIST.glob("vllm_glm_patch-*"):
+        old.unlink()
     log = FOLDER / "build.log"
     python, again = tools / "bin" / "python", f"run the command again; all of it is in {log}"
     for kind in ("sdist", "wheel"):
@@ -160,10 +161,15 @@ def build(tools: Path) -> tuple[Path, list[str]]:
     tag: list[str | Path] = [python, "-m", "auditwheel", "repair", "--wheel-dir", DIST, built]
     run_step("Giving it its tag", tag, log, again)
     shutil.copy2(sdist, DIST)
-    run_step("Checking what an index would show", [python, "-m", "twine", "check", "--strict", *DIST.iterdir()], log, again)
+    run_step(
+        "Checking what an index would show",
+        [python, "-m", "twine", "check", "--strict", *DIST.glob("vllm_glm_patch-*")],
+        log,
+        again,
+    )
     differing = differences(contents(built), contents(rebuilt))
     problems = [f"the wheel of the sdist differs in {', '.join(differing)}"] if differing else []
-    return next(DIST.glob("*.whl")), problems
+    return next(DIST.glob("vllm_glm_patch-*.whl")), problems
 
 
 def contents(wheel: Path) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,8 @@ HEAD = """<!-- Made by `python -m tools.wheels` and `python -m tools.beside`; no
 
 One wheel for every Python from 3.9 on, tried as a user gets it. Everything as recorded is in
 [wheels.json](../benchmarks/results/wheels.json)."""
-BARE = """## In a bare environment of each Python
-
-Installed by that Python's own pip with what it depends on, tried, and uninstalled. *ok* means that each of these went as it
-should, {checks}."""
+BARE = """Installed by that Python's own pip with what it depends on, tried, and uninstalled. *ok* means that each of these
+went as it should: {checks}."""
 BESIDE = """## Beside vLLM
 
 Releases as published, for CUDA, on a machine without a card. The wheel was installed by pip and uninstalled, then by uv and
@@ -63,8 +62,9 @@ def render(recorded: dict[str, Any]) -> str:
         parts.append("\n".join(_wheel(recorded["wheel"])))
     if recorded["pythons"]:
         checks = dict.fromkeys(check for seen in recorded["pythons"].values() for check in seen["checks"])
-        parts += [BARE.format(checks=", ".join(f"`{c}`" if c.startswith("-") else c for c in checks))]
-        parts.append("\n".join(_pythons(recorded["pythons"])))
+        named = ", ".join(f"`{check}`" if check.startswith("-") else check for check in checks)
+        text = textwrap.fill(BARE.format(checks=named), 120, break_on_hyphens=False)
+        parts += ["## In a bare environment of each Python", text, "\n".join(_pythons(recorded["pythons"]))]
     if recorded["beside"]:
         runs = max(len(seen["plugin"].get("milliseconds", ())) for seen in recorded["beside"].values())
         parts += [BESIDE.format(runs=runs), "\n".join(_beside(recorded["beside"]))]
