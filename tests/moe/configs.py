@@ -26,6 +26,13 @@ CONFIGS: dict[str, Config] = {
         gemm1=STREAM, gemm2=Gemm2("resident", 16, 32, strip=64, slice=0, swap=True, requantise=False), sum=SUM
     ),
     "tile, loop": Config(gemm1=TILE, gemm2=Gemm2("loop", 16, 32, 32, slice=64), sum=SUM),
+    "row, resident, dependent": Config(
+        gemm1=ROW, gemm2=Gemm2("resident", 16, 32, strip=32, slice=64, hints=True), sum=SUM, pdl=True
+    ),
+    "stream, swapped, dependent": Config(
+        gemm1=STREAM, gemm2=Gemm2("resident", 16, 32, strip=64, slice=0, swap=True), sum=SUM, pdl=True
+    ),
+    "pairs, dependent": Config("pairs", Pairs(16, 4, 32, 4), pdl=True),
     "stream, loop swapped": Config(gemm1=STREAM, gemm2=Gemm2("loop", 32, 32, 32, slice=0, swap=True), sum=SUM),
     "row, fused": Config(gemm1=ROW, gemm2=Gemm2("fused", 16, 32, strip=32, slice=64, slots=2, programs=1), sum=SUM),
     "tile, fused on the fly": Config(

@@ -6,13 +6,15 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 
+GLOBAL_READ = re.compile(r"\b(?:ld\.global|cp\.async\.c[ag]|ld\.acquire)")
+GLOBAL_WRITE = re.compile(r"\b(?:st\.global|st\.release|atom|red)\.[\w.]+")
 # The kernels' size constants for GLM-4.6 on one of 8 ranks.
 _GLM = {"HIDDEN": 5120, "INTERMEDIATE": 192}
 
@@ -27,14 +29,33 @@ class Case:
     warps: int
     stages: int
     wgmma: bool
+    pdl: bool = False
 
 
 def cases() -> list[Case]:
+    """Every kernel, and again as programmatic dependent launch has it."""
+    early = {
+        "resident 16 swapped": {"PREFETCH": 1024},
+        "resident 64x128": {"EARLY": True, "HINTS": True},
+        "loop 128x128": {"HINTS": True},
+        "sum": {"HINTS": True},
+    }
+    plain = plain_cases()
+    ahead = [
+        replace(case, name=f"{case.name}, dependent", constants={**case.constants, **early.get(case.name, {})}, pdl=True)
+        for case in plain
+        if case.name not in ("tile 64x64", "tile 128x128", "pairs gemm1, 1 columns, 4 warps", "pairs gemm1, 2 columns, 4 warps")
+    ]
+    return plain + ahead
+
+
+def plain_cases() -> list[Case]:
     """The configurations the defaults and the first sweep lean on."""
-    resident = {**_GLM, "LOW": 128, "HIGH": 64, "QUANTISED": True, "SWAP": False}
+    resident = {**_GLM, "LOW": 128, "HIGH": 64, "QUANTISED": True, "SWAP": False, "EARLY": False, "PREFETCH": 0, "HINTS": False}
     routed = {
         "WIDTH": 5120,
-        "WIDTH_BLOCK": 8192,
+        "LOW": 4096,
+        "HIGH": 1024,
         "EXPERTS": 160,
         "GLOBAL_EXPERTS": 160,
         "HAS_MAP": False,
@@ -109,6 +130,7 @@ def cases() -> list[Case]:
                 "BLOCK_K": 128,
                 "GROUP": 4,
                 "SWAP": False,
+                "HINTS": False,
             },
             8,
             4,
@@ -142,7 +164,8 @@ def cases() -> list[Case]:
                 "triton.pairs:pair_gemm1_kernel",
                 {
                     **_GLM,
-                    "HIDDEN_BLOCK": 8192,
+                    "LOW": 4096,
+                    "HIGH": 1024,
                     "EXPERTS": 160,
                     "GLOBAL_EXPERTS": 160,
                     "HAS_MAP": False,
@@ -175,7 +198,7 @@ def cases() -> list[Case]:
         Case(
             "sum",
             "triton.gemm2:sum_kernel",
-            {"HIDDEN": 5120, "EXPERTS": 160, "TOP_K": 8, "BLOCK_T": 4, "BLOCK_C": 512, "EXACT": True},
+            {"HIDDEN": 5120, "EXPERTS": 160, "TOP_K": 8, "BLOCK_T": 4, "BLOCK_C": 512, "EXACT": True, "HINTS": False},
             4,
             3,
             False,
@@ -184,7 +207,7 @@ def cases() -> list[Case]:
         Case(
             "prologue small",
             "routing:prologue_small_kernel",
-            {**routed, **lists, "PAIRS_BLOCK": 512, "STRIP": 32},
+            {**routed, **lists, "MOST_PAIRS": 1024, "PAIRS_BLOCK": 512, "PLACE": 16},
             8,
             3,
             False,
@@ -240,14 +263,15 @@ def compile_case(case: Case) -> dict[str, object]:
     signature: dict[str, str] = {}
     attributes = {}
     for index, argument in enumerate(kernel.arg_names):
-        if argument in case.constants:
+        if argument in case.constants or argument == "PDL":
             signature[argument] = "constexpr"
         else:
             signature[argument] = argument_type(argument, name, case.constants)
             unspecialised = ("pairs", "chunks")
             if argument not in unspecialised and not (argument == "tokens" and signature[argument] == "i32"):
                 attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constexprs=case.constants, attrs=attributes)
+    signature["PDL"] = "constexpr"
+    source = ASTSource(kernel, signature, constexprs={**case.constants, "PDL": case.pdl}, attrs=attributes)
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", 90, 32),
@@ -261,6 +285,7 @@ def compile_case(case: Case) -> dict[str, object]:
         code = subprocess.run([tools / "cuobjdump", "-sass", cubin], capture_output=True, text=True, check=True).stdout
     finally:
         cubin.unlink(missing_ok=True)
+    before_wait = compiled.asm["ptx"].partition("griddepcontrol.wait")[0] if case.pdl else ""
     return {
         "case": case.name,
         "registers": int(re.search(r"REG:(\d+)", usage).group(1)),  # type: ignore[union-attr]
@@ -270,6 +295,10 @@ def compile_case(case: Case) -> dict[str, object]:
         "qgmma": len(re.findall(r"QGMMA", code)),
         # FP8 conversions of an immediate: none is meant, and ptxas has made a NaN of a zero there (triton/pairs.py).
         "fp8_of_constants": re.findall(r"E4M3\.UNPACK_B \w+, ([\d+-][^ ;]*)", code),
+        # Global memory touched before the wait of a dependent launch: reads, and what must never be there.
+        "read_before_wait": len(GLOBAL_READ.findall(before_wait)),
+        "written_before_wait": GLOBAL_WRITE.findall(before_wait),
+        "waits": code.count("ACQBULK"),
         "qmma": len(re.findall(r"\bQMMA|\bHMMA", code)),
         "ldgsts": sorted(set(re.findall(r"LDGSTS\.E(?:\.\w+)*", code))),
         "ldg": sorted(set(re.findall(r"LDG\.E(?:\.\w+)*", code))),
@@ -293,6 +322,11 @@ def test_kernel_compiles_for_hopper_with_its_matrix_instructions_and_without_spi
     case = next(case for case in cases() if case.name == name)
     assert result["spills"] == 0
     assert result["fp8_of_constants"] == []
+    assert (result["waits"] > 0) == case.pdl
+    assert result["written_before_wait"] == []
+    # These read before they wait what was finished two launches ago (see each); the others read nothing.
+    reads_early = ("resident", "loop", "fused", "pairs gemm2", "quantise rows", "place")
+    assert (result["read_before_wait"] > 0) == (case.pdl and case.name.startswith(reads_early))
     assert (result["qgmma"] > 0) == case.wgmma
 
 

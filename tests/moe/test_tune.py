@@ -10,7 +10,7 @@ import torch
 from configs import CONFIGS
 
 from vllm_glm_patch.moe import tune
-from vllm_glm_patch.moe.dispatch import Card, Config, Gemm1, read_card
+from vllm_glm_patch.moe.dispatch import Card, Config, Gemm1, Gemm2, read_card
 from vllm_glm_patch.moe.generators import make_weights
 from vllm_glm_patch.moe.problem import Problem
 from vllm_glm_patch.moe.workspace import layout, needs_requantise
@@ -149,3 +149,22 @@ def test_every_count_has_candidates_for_each_step(width) -> None:
         groups = tune.plans(Problem(tokens, intermediate_size=width), H100)
         assert groups["gemm1"] and groups["gemm2 fp8"] + groups["gemm2 bf16"]
         assert bool(groups["pairs"]) == (tokens <= 16)
+
+
+def test_the_best_layers_are_tried_again_with_dependent_launches() -> None:
+    sliced = Config(gemm2=Gemm2("resident", 64, 128, strip=128, slice=512))
+    whole = Config(gemm2=Gemm2("resident", 64, 128, strip=128, slice=0))
+    slow = Config(gemm2=Gemm2("resident", 64, 64, strip=64, slice=0))
+    pairs = Config("pairs")
+    found = tune.dependent([(9.0, slow), (1.0, sliced), (2.0, pairs), (3.0, whole)])
+    assert all(config.pdl for config in found) and len(set(found)) == len(found)
+    tried = {(config.path, config.gemm2.slice, config.gemm2.hints) for config in found}
+    assert tried == {
+        ("grouped", 512, False),
+        ("grouped", 512, True),
+        ("grouped", 256, False),
+        ("grouped", 256, True),
+        ("grouped", 0, False),
+        ("pairs", 512, False),
+    }
+    assert Config.from_dict(found[0].to_dict()) == found[0]

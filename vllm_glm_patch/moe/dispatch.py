@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -61,7 +62,8 @@ class Gemm2:
     """kind: `resident` rows stay in the tile (widths to 512), `loop` any width, `fused` resident with the sum inside.
 
     swap: weights on the dot's wide side. strip: columns one program makes. slice: columns whose partials exist at
-    once, 0 for all. requantise: a small kernel makes FP8 first; else the rows are quantised as they are read.
+    once, 0 for all. requantise: a small kernel makes FP8 first; else the rows are quantised as they are read. hints: ask
+    L2 to keep partials until they are summed (not in `fused`).
     """
 
     kind: Literal["resident", "loop", "fused"] = "resident"
@@ -77,6 +79,7 @@ class Gemm2:
     warps: int = 4
     stages: int = 2
     programs: int = 3  # fused: programs per multiprocessor
+    hints: bool = False
 
     def __post_init__(self) -> None:
         """ValueError on what the kernels cannot do."""
@@ -101,13 +104,17 @@ class Sum:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that may differ between two launches of the same problem. Results differ by rounding only."""
+    """Everything that may differ between two launches of the same problem. Results differ by rounding only.
+
+    pdl: programmatic dependent launch (compute capability 9.0 on), where `dependent_launch` says that Triton can.
+    """
 
     path: Literal["pairs", "grouped"] = "grouped"
     pairs: Pairs = field(default_factory=Pairs)
     gemm1: Gemm1 = field(default_factory=Gemm1)
     gemm2: Gemm2 = field(default_factory=Gemm2)
     sum: Sum = field(default_factory=Sum)
+    pdl: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON; parts that `path` does not use are left out."""
@@ -132,6 +139,19 @@ def read_card(index: int | None) -> Card:
     properties = torch.cuda.get_device_properties(index)
     shared = getattr(properties, "shared_memory_per_block_optin", 101376)
     return Card(properties.name, properties.multi_processor_count, shared, (properties.major, properties.minor))
+
+
+@functools.cache
+def dependent_launch() -> bool:
+    """Whether this Triton starts a kernel before its predecessor has ended: from 3.4 on, and not in its interpreter."""
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        return False
+    try:
+        from triton.backends.nvidia.compiler import CUDAOptions
+        from triton.language.extra.cuda import gdc_wait  # noqa: F401
+    except ImportError:
+        return False
+    return "launch_pdl" in CUDAOptions.__dataclass_fields__
 
 
 def power_of_two(n: int) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from . import routing
-from .dispatch import Config, power_of_two, split_width
+from .dispatch import Config, dependent_launch, power_of_two, split_width
 from .problem import Problem
 from .triton.gemm1 import gemm1_row_kernel, gemm1_stream_kernel, gemm1_tile_kernel
 from .triton.gemm2 import gemm2_kernel, gemm2_loop_kernel, sum_kernel
@@ -59,7 +59,8 @@ class Pass:
         multiprocessors: int,
         launch: Launch = launch_now,
     ) -> None:
-        self.launch = launch
+        self._launch = launch
+        self.pdl = config.pdl and dependent_launch()
         self.problem, self.config, self.t = problem, config, tensors
         self.multiprocessors = multiprocessors
         plan: Layout = layout(problem, config)
@@ -82,6 +83,17 @@ class Pass:
             self.act_scales = self._view("act_scales", torch.float32)
             self.quantised = self._view("tokens_or_partial", torch.float8_e4m3fn)
             self.partial = self._view("tokens_or_partial", torch.bfloat16)
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+        """Start a kernel, before its predecessor has ended where that is wanted.
+
+        first=True, for the first kernel of a pass: it starts as usual, since what came before is not ours and need not
+        follow our order of waits.
+        """
+        first = options.pop("first", False)
+        if self.pdl and not first:
+            options["launch_pdl"] = True
+        self._launch(kernel, grid, *arguments, PDL=self.pdl, **options)
 
     def _view(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         offset, size = self._plan.offsets[name]
@@ -106,6 +118,7 @@ class Pass:
     def pair_gemm1(self) -> None:
         p, c, t = self.problem, self.config.pairs, self.t
         grid = (p.pairs, -(-p.intermediate_size // c.columns1))
+        low, high = split_width(p.hidden_size)
         self.launch(
             pair_gemm1_kernel,
             grid,
@@ -118,11 +131,13 @@ class Pass:
             t.w13.stride(0),
             p.hidden_size,
             HIDDEN=p.hidden_size,
-            HIDDEN_BLOCK=power_of_two(p.hidden_size),
+            LOW=low,
+            HIGH=high,
             INTERMEDIATE=p.intermediate_size,
             TOP_K=p.top_k,
             COLUMNS=c.columns1,
             num_warps=c.warps1,
+            first=True,
             **self.routing_constants,
         )
 
@@ -155,12 +170,13 @@ class Pass:
         p, c, t = self.problem, self.config, self.t
         bins = bins_of(p.experts)
         blocks = {"BLOCK_M1": c.gemm1.block_m, "BLOCK_M2": c.gemm2.block_m, "DONE": routing.DONE}
-        width = {"WIDTH": p.hidden_size, "WIDTH_BLOCK": power_of_two(p.hidden_size)}
+        low, high = split_width(p.hidden_size)
+        width = {"WIDTH": p.hidden_size, "LOW": low, "HIGH": high}
         if p.pairs <= routing.SMALL_PAIRS:
             block = max(16, power_of_two(p.pairs))
             self.launch(
                 routing.prologue_small_kernel,
-                (p.tokens + 1,),
+                (1 + -(-p.pairs // routing.SMALL_PLACE) + p.tokens,),
                 t.hidden,
                 self.quantised,
                 self.token_scales,
@@ -173,9 +189,11 @@ class Pass:
                 p.pairs,
                 self.max_tiles,
                 BINS=bins,
+                MOST_PAIRS=routing.SMALL_PAIRS,
                 PAIRS_BLOCK=block,
-                STRIP=min(32, block),
+                PLACE=routing.SMALL_PLACE,
                 num_warps=8,
+                first=True,
                 **width,
                 **blocks,
                 **self.routing_constants,
@@ -197,6 +215,7 @@ class Pass:
             BINS=bins,
             CHUNK=routing.CHUNK,
             num_warps=4,
+            first=True,
             **width,
             **self.routing_constants,
         )
@@ -326,12 +345,14 @@ class Pass:
                 BLOCK_K=c.block_k,
                 GROUP=c.group,
                 SWAP=c.swap,
+                HINTS=c.hints,
                 num_warps=c.warps,
                 num_stages=c.stages,
                 **shape,
             )
             return
         low, high = split_width(p.intermediate_size)
+        lines = -(-c.strip * p.intermediate_size // 128)
         self.launch(
             gemm2_kernel,
             (tiles * -(-width // c.strip),),
@@ -347,6 +368,10 @@ class Pass:
             QUANTISED=quantised,
             SWAP=c.swap,
             STAGES=c.stages,
+            # The launch before a later slice is a sum, which makes none of what this one reads.
+            EARLY=self.pdl and start > 0,
+            HINTS=c.hints,
+            PREFETCH=power_of_two(lines) if self.pdl and c.swap and lines <= 1024 else 0,
             num_warps=c.warps,
             **shape,
         )
@@ -369,6 +394,7 @@ class Pass:
             BLOCK_T=c.block_t,
             BLOCK_C=c.block_c,
             EXACT=width % c.block_c == 0,
+            HINTS=self.config.gemm2.hints,
             num_warps=c.warps,
         )
 

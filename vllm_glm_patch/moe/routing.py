@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton.common import clean_expert
+from .triton.common import begin, clean_expert
 from .triton.quantise import quantise_row
 
 # Pairs counted by one program, and pairs placed by one program. 1024 keeps the scan at 64 rows for 8192 tokens × 8.
@@ -26,8 +26,9 @@ CHUNK = 1024
 PLACE = 128
 # Zeros kept behind the counts.
 DONE = 256
-# Up to this many pairs one program does all the routing in the first launch.
-SMALL_PAIRS = 512
+# Up to this many pairs all the routing is in the first launch: a program looks at every pair to place its few.
+SMALL_PAIRS = 1024
+SMALL_PLACE = 16
 
 
 def max_tiles(pairs: int, experts: int, block_m: int) -> int:
@@ -88,42 +89,47 @@ def prologue_small_kernel(
     pairs,
     max_tiles,
     WIDTH: tl.constexpr,
-    WIDTH_BLOCK: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
     EXPERTS: tl.constexpr,
     GLOBAL_EXPERTS: tl.constexpr,
     HAS_MAP: tl.constexpr,
     BINS: tl.constexpr,
+    MOST_PAIRS: tl.constexpr,
     PAIRS_BLOCK: tl.constexpr,
-    STRIP: tl.constexpr,
+    PLACE: tl.constexpr,
     BLOCK_M1: tl.constexpr,
     BLOCK_M2: tl.constexpr,
     DONE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """Program 0 routes everything; program 1 + t quantises token t."""
+    """Program 0 makes the tiles, the next ones place PLACE pairs each, the others quantise one token each.
+
+    PAIRS_BLOCK: power of two ≥ pairs. MOST_PAIRS: SMALL_PAIRS; the histogram is taken over that many whatever `pairs`
+    is, so that every thread has an element of its own.
+    """
+    begin(PDL)
     pid = tl.program_id(0)
-    if pid > 0:
-        quantise_row(hidden, quantised, scales, pid - 1, WIDTH, WIDTH_BLOCK)
+    placers = tl.cdiv(pairs, PLACE)
+    if pid > placers:
+        quantise_row(hidden, quantised, scales, pid - 1 - placers, WIDTH, LOW, HIGH)
+    elif pid == 0:
+        every = tl.arange(0, MOST_PAIRS)
+        all_experts = clean_expert(ids, every, every < pairs, expert_map, EXPERTS, GLOBAL_EXPERTS, HAS_MAP)
+        finish(tl.histogram(all_experts, BINS), tiles, counts, max_tiles, BLOCK_M1, BLOCK_M2, EXPERTS, BINS, DONE)
     else:
-        pair = tl.arange(0, PAIRS_BLOCK)
+        pair = (pid - 1) * PLACE + tl.arange(0, PLACE)
         inside = pair < pairs
         expert = clean_expert(ids, pair, inside, expert_map, EXPERTS, GLOBAL_EXPERTS, HAS_MAP)
         tl.store(local_ids + pair, expert, mask=inside)
-        # Place of a pair = pairs of a smaller expert + earlier pairs of its own.
-        place = tl.zeros((PAIRS_BLOCK,), tl.int32)
-        bins = tl.arange(0, BINS)
-        totals = tl.zeros((BINS,), tl.int32)
-        for first in range(0, pairs, STRIP):
-            other = first + tl.arange(0, STRIP)
-            real = other < pairs
-            other_expert = clean_expert(ids, other, real, expert_map, EXPERTS, GLOBAL_EXPERTS, HAS_MAP)
-            before = (other_expert[None, :] < expert[:, None]) | (
-                (other_expert[None, :] == expert[:, None]) & (other[None, :] < pair[:, None])
-            )
-            place += tl.sum((before & real[None, :]).to(tl.int32), axis=1)
-            hit = (other_expert[None, :] == bins[:, None]) & real[None, :]
-            totals += tl.sum(hit.to(tl.int32), axis=1)
-        tl.store(rows + place, pair, mask=inside)
-        finish(totals, tiles, counts, max_tiles, BLOCK_M1, BLOCK_M2, EXPERTS, BINS, DONE)
+        other = tl.arange(0, PAIRS_BLOCK)
+        other_expert = clean_expert(ids, other, other < pairs, expert_map, EXPERTS, GLOBAL_EXPERTS, HAS_MAP)
+        # Place of a pair = pairs of a smaller expert + earlier pairs of its own. Lanes past the end count as «none
+        # here» with the largest numbers, so they come before nobody.
+        before = (other_expert[None, :] < expert[:, None]) | (
+            (other_expert[None, :] == expert[:, None]) & (other[None, :] < pair[:, None])
+        )
+        tl.store(rows + tl.sum(before.to(tl.int32), axis=1), pair, mask=inside)
 
 
 @triton.jit(do_not_specialize=["pairs", "chunks"])
@@ -138,17 +144,20 @@ def prologue_kernel(
     pairs,
     chunks,
     WIDTH: tl.constexpr,
-    WIDTH_BLOCK: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
     EXPERTS: tl.constexpr,
     GLOBAL_EXPERTS: tl.constexpr,
     HAS_MAP: tl.constexpr,
     BINS: tl.constexpr,
     CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Programs below `chunks` count experts in their chunk of pairs; the others quantise one token each."""
+    begin(PDL)
     pid = tl.program_id(0)
     if pid >= chunks:
-        quantise_row(hidden, quantised, scales, pid - chunks, WIDTH, WIDTH_BLOCK)
+        quantise_row(hidden, quantised, scales, pid - chunks, WIDTH, LOW, HIGH)
     else:
         pair = pid * CHUNK + tl.arange(0, CHUNK)
         inside = pair < pairs
@@ -171,9 +180,11 @@ def scan_kernel(
     BLOCK_M1: tl.constexpr,
     BLOCK_M2: tl.constexpr,
     DONE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program. histogram [chunks + 1, BINS] becomes: row c, pairs of that expert before chunk c; last row, the
     expert's first row in the grouped order."""
+    begin(PDL)
     expert = tl.arange(0, BINS)
     totals = tl.zeros((BINS,), tl.int32)
     for first in range(0, chunks, ROWS):
@@ -200,6 +211,7 @@ def place_kernel(
     CHUNK: tl.constexpr,
     PLACE: tl.constexpr,
     STRIP: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Each program places PLACE pairs: expert's first row + pairs before its chunk + earlier ones in its chunk."""
     first = tl.program_id(0) * PLACE
@@ -214,6 +226,8 @@ def place_kernel(
         before = (other_expert[None, :] == expert[:, None]) & (other[None, :] < pair[:, None])
         rank += tl.sum(before.to(tl.int32), axis=1)
     valid = inside & (expert < EXPERTS)
+    # All above needs local_ids alone, which the launch before the scan made.
+    begin(PDL)
     base = tl.load(histogram + chunk * BINS + expert, mask=valid, other=0)
     start = tl.load(histogram + chunks * BINS + expert, mask=valid, other=0)
     tl.store(rows + start + base + rank, pair, mask=valid)

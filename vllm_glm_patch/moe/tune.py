@@ -24,7 +24,20 @@ from typing import Any
 import torch
 
 from . import generators
-from .dispatch import TABLES, Card, Config, Gemm1, Gemm2, Pairs, Sum, default_config, fits_resident, power_of_two, read_card
+from .dispatch import (
+    TABLES,
+    Card,
+    Config,
+    Gemm1,
+    Gemm2,
+    Pairs,
+    Sum,
+    default_config,
+    dependent_launch,
+    fits_resident,
+    power_of_two,
+    read_card,
+)
 from .pipeline import Pass, Tensors, compile_only
 from .problem import Problem
 from .reference import fused_moe, relative_error
@@ -325,6 +338,9 @@ def tune_count(bench: Bench, report: Report, deadline: float) -> Config | None:
         found.sort(key=lambda item: item[0])
     for config in combinations(best):
         attempt("layer", "layer", config)
+    if dependent_launch() and card.capability >= (9, 0):
+        for config in dependent(best.get("layer", []) + best.get("pairs", [])):
+            attempt("layer", "layer", config)
     whole = best.get("layer", []) + best.get("pairs", [])[:3]
     return min(whole, key=lambda item: item[0])[1] if whole else None
 
@@ -336,6 +352,23 @@ def combinations(best: dict[str, list[tuple[float, Config]]], keep: int = 2) -> 
     for first, second in routes:
         for (_, one), (_, two) in itertools.product(best.get(first, [])[:keep], best.get(second, [])[:keep]):
             found.append(replace(one, gemm2=two.gemm2, sum=two.sum))
+    return list(dict.fromkeys(found))
+
+
+def dependent(timed: list[tuple[float, Config]], keep: int = 3) -> list[Config]:
+    """The best few again with programmatic dependent launch; where GEMM2 goes by slices, also narrower and with hints.
+
+    What a launch costs decides how narrow slices may be, so the best width is another one with dependent launches.
+    """
+    found = []
+    for _, config in sorted(timed, key=lambda item: item[0])[:keep]:
+        found.append(replace(config, pdl=True))
+        c = config.gemm2
+        if config.path == "pairs" or c.kind == "fused" or c.slice == 0:
+            continue
+        widths = {c.slice, max(c.slice // 2, c.strip)}
+        found.extend(replace(config, pdl=True, gemm2=replace(c, slice=width, hints=True)) for width in sorted(widths))
+        found.extend(replace(config, pdl=True, gemm2=replace(c, slice=width)) for width in sorted(widths - {c.slice}))
     return list(dict.fromkeys(found))
 
 

@@ -7,6 +7,19 @@ import os
 import triton
 import triton.language as tl
 
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:  # Triton before 3.4 cannot launch that way: dispatch.dependent_launch says no, and no kernel asks
+
+    @triton.jit
+    def gdc_wait():
+        """Nothing to wait for."""
+
+    @triton.jit
+    def gdc_launch_dependents():
+        """Nobody to let go."""
+
+
 # Triton's CPU interpreter rounds FP8 ties away from zero and loses carries into the smallest normal numbers
 # (seen with Triton 3.6), so there the rounding is done by arithmetic first and the cast is exact.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
@@ -14,6 +27,26 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 # Largest E4M3 number, and the smallest scale vLLM's quantisation lets through: 1 / (448 · 512).
 FP8_MAX = tl.constexpr(448.0)
 MIN_SCALE = tl.constexpr(1.0 / (448.0 * 512.0))
+
+
+@triton.jit
+def begin(PDL: tl.constexpr):
+    """Under programmatic dependent launch: wait until the kernel before has finished, then let the one after start.
+
+    In this order, so that a running kernel knows everything but its direct predecessor to be finished: whatever was
+    written two launches ago or earlier may be read before this call. Nothing may be written before it.
+    """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch(start, size, BLOCK: tl.constexpr):
+    """Ask for `size` bytes (up to 128 · BLOCK) from pointer `start` on to be brought into L2, 128 bytes a request."""
+    line = tl.minimum(128 * tl.arange(0, BLOCK), size - 1)
+    where = start.to(tl.uint64) + line.to(tl.uint64)
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [where], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit

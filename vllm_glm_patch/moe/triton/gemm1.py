@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import quantisation_scale, swiglu, to_fp8
+from .common import begin, quantisation_scale, swiglu, to_fp8
 
 
 @triton.jit
@@ -84,9 +84,11 @@ def gemm1_tile_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Many tokens: one program makes BLOCK_M rows × BLOCK_N columns of act (bf16)."""
     BLOCKS_N: tl.constexpr = (INTERMEDIATE + BLOCK_N - 1) // BLOCK_N
+    begin(PDL)
     num_tiles = tl.load(counts + 1)
     pid = tl.program_id(0)
     if pid < num_tiles * BLOCKS_N:
@@ -134,11 +136,13 @@ def gemm1_row_kernel(
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Many tokens, narrow experts: one program makes whole rows, so it also quantises them (act FP8, act_scales).
 
     A row is split in LOW + HIGH columns, both powers of two (192 = 128 + 64); HIGH may be 0.
     """
+    begin(PDL)
     tile = tl.program_id(0)
     if tile < tl.load(counts + 1):
         expert = tl.load(tiles + tile).to(tl.int64)
@@ -216,9 +220,11 @@ def gemm1_stream_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Few tokens: time is reading weights. Weights take the dot's 64-row side, the few tokens its narrow side."""
     BLOCKS_N: tl.constexpr = (INTERMEDIATE + BLOCK_N - 1) // BLOCK_N
+    begin(PDL)
     num_tiles = tl.load(counts + 1)
     pid = tl.program_id(0)
     if pid < num_tiles * BLOCKS_N:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import quantisation_scale, to_fp8
+from .common import begin, prefetch, quantisation_scale, to_fp8
 
 
 @triton.jit
@@ -60,27 +60,29 @@ def store_partial(
     HIDDEN: tl.constexpr,
     EXACT: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    HINTS: tl.constexpr,
 ):
     """Scale and write one tile of partials. acc [rows, columns], or [columns, rows] if TRANSPOSED; scale per row.
 
-    EXACT: no column of any tile lies past HIDDEN (slices are whole numbers of tiles).
+    EXACT: no column of any tile lies past HIDDEN (slices are whole numbers of tiles). HINTS: ask L2 to keep them.
     """
+    EVICT: tl.constexpr = "evict_last" if HINTS else ""
     where_row = pair.to(tl.int64) * slice_width
     where_column = column - slice_start
     if TRANSPOSED:
         where = partial + where_row[None, :] + where_column[:, None]
         value = (acc * scale[None, :]).to(tl.bfloat16)
         if EXACT:
-            tl.store(where, value, mask=real[None, :])
+            tl.store(where, value, mask=real[None, :], eviction_policy=EVICT)
         else:
-            tl.store(where, value, mask=real[None, :] & (column < HIDDEN)[:, None])
+            tl.store(where, value, mask=real[None, :] & (column < HIDDEN)[:, None], eviction_policy=EVICT)
     else:
         where = partial + where_row[:, None] + where_column[None, :]
         value = (acc * scale[:, None]).to(tl.bfloat16)
         if EXACT:
-            tl.store(where, value, mask=real[:, None])
+            tl.store(where, value, mask=real[:, None], eviction_policy=EVICT)
         else:
-            tl.store(where, value, mask=real[:, None] & (column < HIDDEN)[None, :])
+            tl.store(where, value, mask=real[:, None] & (column < HIDDEN)[None, :], eviction_policy=EVICT)
 
 
 @triton.jit
@@ -109,16 +111,31 @@ def gemm2_tile(
     QUANTISED: tl.constexpr,
     SWAP: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+    EARLY: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    HINTS: tl.constexpr,
 ):
-    """Columns first_column … end_column of one tile of rows; the rows stay resident while weights stream past."""
+    """Columns first_column … end_column of one tile of rows; the rows stay resident while weights stream past.
+
+    EARLY: the launch before was not the one that made `act`, so its rows may be read before that one ends. PREFETCH:
+    lines of 128 bytes of the weights to ask for before waiting, 0 for none.
+    """
     expert = tl.load(tiles + tile).to(tl.int64)
     first_row = tl.load(tiles + max_tiles + tile)
     size = tl.load(tiles + 2 * max_tiles + tile)
     m = tl.arange(0, BLOCK_M)
     real = m < size
     pair = tl.load(rows + first_row + tl.where(real, m, 0))
+    if PREFETCH > 0:
+        columns = end_column - first_column
+        prefetch(w2 + expert * w2_expert_stride + first_column * INTERMEDIATE, columns * INTERMEDIATE, PREFETCH)
+    if not EARLY:
+        begin(PDL)
     a_low, a_high, scale = load_activations(act, act_scales, first_row, m, size, INTERMEDIATE, LOW, HIGH, QUANTISED)
     scale = scale * tl.load(topk_weights + pair)
+    if EARLY:
+        begin(PDL)
     k_low = tl.arange(0, LOW)
     HIGH_BLOCK: tl.constexpr = HIGH if HIGH > 0 else 16
     k_high = LOW + tl.arange(0, HIGH_BLOCK)
@@ -146,7 +163,9 @@ def gemm2_tile(
             acc = acc * channel_scale[:, None]
         else:
             acc = acc * channel_scale[None, :]
-        store_partial(partial, acc, pair, column, slice_start, slice_width, scale, real, HIDDEN, HIDDEN % BLOCK_N == 0, SWAP)
+        store_partial(
+            partial, acc, pair, column, slice_start, slice_width, scale, real, HIDDEN, HIDDEN % BLOCK_N == 0, SWAP, HINTS
+        )
 
 
 @triton.jit
@@ -174,6 +193,10 @@ def gemm2_kernel(
     QUANTISED: tl.constexpr,
     SWAP: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+    EARLY: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    HINTS: tl.constexpr,
 ):
     """One program: one tile of rows × STRIP columns (a multiple of BLOCK_N). Grid: max tiles × strips of the slice."""
     num_tiles = tl.load(counts + 2)
@@ -206,7 +229,13 @@ def gemm2_kernel(
             QUANTISED,
             SWAP,
             STAGES,
+            PDL,
+            EARLY,
+            PREFETCH,
+            HINTS,
         )
+    else:
+        begin(PDL)
 
 
 @triton.jit
@@ -231,9 +260,12 @@ def gemm2_loop_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
     SWAP: tl.constexpr,
+    PDL: tl.constexpr,
+    HINTS: tl.constexpr,
 ):
     """Wide experts: act (FP8, act_scales) does not fit a tile, so the loop runs over its columns."""
     num_tiles = tl.load(counts + 2)
+    begin(PDL)
     blocks = tl.cdiv(slice_width, BLOCK_N)
     pid = tl.program_id(0)
     if pid < num_tiles * blocks:
@@ -275,7 +307,9 @@ def gemm2_loop_kernel(
             acc = acc * channel_scale[:, None]
         else:
             acc = acc * channel_scale[None, :]
-        store_partial(partial, acc, pair, column, slice_start, slice_width, scale, real, HIDDEN, HIDDEN % BLOCK_N == 0, SWAP)
+        store_partial(
+            partial, acc, pair, column, slice_start, slice_width, scale, real, HIDDEN, HIDDEN % BLOCK_N == 0, SWAP, HINTS
+        )
 
 
 @triton.jit
@@ -295,6 +329,7 @@ def sum_tile(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
     EXACT: tl.constexpr,
+    HINTS: tl.constexpr,
 ):
     """Σ over a token's choices, choice 0 first, in fp32; bf16 to out [tokens, HIDDEN], columns up to end_column.
 
@@ -310,9 +345,14 @@ def sum_tile(
         pair = token * TOP_K + choice
         here = tl.load(local_ids + pair, mask=token < tokens, other=EXPERTS) < EXPERTS
         where = partial + pair.to(tl.int64)[:, None] * slice_width + (column - slice_start)[None, :]
-        total += tl.load(where, mask=inside & here[:, None], other=0.0, cache_modifier=".cg").to(tl.float32)
+        valid = inside & here[:, None]
+        # A hint and a cache modifier exclude each other. In one launch with GEMM2 only the modifier is right.
+        if HINTS:
+            total += tl.load(where, mask=valid, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        else:
+            total += tl.load(where, mask=valid, other=0.0, cache_modifier=".cg").to(tl.float32)
     where = out + token.to(tl.int64)[:, None] * HIDDEN + column[None, :]
-    tl.store(where, total.to(tl.bfloat16), mask=inside)
+    tl.store(where, total.to(tl.bfloat16), mask=inside, eviction_policy="evict_first" if HINTS else "")
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -329,8 +369,11 @@ def sum_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
     EXACT: tl.constexpr,
+    PDL: tl.constexpr,
+    HINTS: tl.constexpr,
 ):
     """Grid: blocks of tokens × blocks of the slice's columns (columns fastest)."""
+    begin(PDL)
     blocks = tl.cdiv(slice_width, BLOCK_C)
     pid = tl.program_id(0)
     sum_tile(
@@ -349,4 +392,5 @@ def sum_kernel(
         BLOCK_T,
         BLOCK_C,
         EXACT,
+        HINTS,
     )

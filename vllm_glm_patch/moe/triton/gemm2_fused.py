@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .common import begin
 from .gemm2 import gemm2_tile, sum_tile
 
 
@@ -62,6 +63,7 @@ def gemm2_sum_kernel(
     QUANTISED: tl.constexpr,
     STAGES: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """counts[3] is the ticket counter; done [2 · slices] int32 zeros: finished GEMM tiles and sums of each slice."""
     SLICES: tl.constexpr = (HIDDEN + SLICE - 1) // SLICE
@@ -69,6 +71,7 @@ def gemm2_sum_kernel(
     # Elements of one slot of partials; spelled as a product so that the compiler sees it is a multiple of SLICE.
     slot = (tokens * TOP_K).to(tl.int64) * SLICE
     gemms = tl.load(counts + 2) * STRIPS
+    begin(PDL)
     sums = tl.cdiv(tokens, BLOCK_T)
     unit = gemms + sums
     ticket = tl.atomic_add(counts + 3, 1, sem="relaxed")
@@ -105,6 +108,10 @@ def gemm2_sum_kernel(
                     QUANTISED,
                     False,
                     STAGES,
+                    False,
+                    False,
+                    0,
+                    False,
                 )
                 announce(done + s)
         else:
@@ -127,6 +134,7 @@ def gemm2_sum_kernel(
                     BLOCK_T,
                     SLICE,
                     HIDDEN % SLICE == 0,
+                    False,
                 )
                 announce(done + SLICES + s - 1)
         ticket = tl.atomic_add(counts + 3, 1, sem="relaxed")

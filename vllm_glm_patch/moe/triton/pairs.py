@@ -4,17 +4,39 @@ Every (token, choice) pair is a small matrix-vector product by itself. Both kern
 values as the other paths), so nothing but the activations travels between them. All loads are written before the
 first reduction: a reduction is a barrier, and no load moves up across it.
 
-Rows are padded to a power of two, and the mask of GEMM1 compares with a run-time width on purpose. With a compile-time
-one some threads' weights are constant zeros, and ptxas (12.8.93 and 12.9.86, sm_90a) folded the FP8 conversion of such
-a zero into the conversion of 0x7F, a NaN. tests/moe/test_compile.py looks for that in the machine code.
+GEMM1 reads a row as two blocks, LOW + HIGH columns (5120 = 4096 + 1024), so that nothing is read or computed beyond it
+where the width allows. Where not, the mask compares with a run-time width on purpose: with a compile-time one some
+threads' weights are constant zeros, and ptxas (12.8.93 and 12.9.86, sm_90a) folded the FP8 conversion of such a zero
+into the conversion of 0x7F, a NaN. tests/moe/test_compile.py looks for that in the machine code.
+
+GEMM2's weights do not depend on GEMM1, so they are read before waiting for it.
 """
+
+# A compile-time choice between two loads is an if statement in Triton.
+# ruff: noqa: SIM108
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .common import clean_expert, quantisation_scale, swiglu, to_fp8
+from .common import begin, clean_expert, quantisation_scale, swiglu, to_fp8
+
+
+@triton.jit
+def load_row(row, hidden_size, HIDDEN: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """Both blocks of rows [·, HIDDEN] that start at the pointers `row` [·, 1]: [·, LOW] and [·, HIGH].
+
+    hidden_size: HIDDEN again, as a number the compiler does not know (see above). HIGH is 16 lanes of zeros for 0.
+    """
+    low = tl.load(row + tl.arange(0, LOW)[None, :])
+    WIDE: tl.constexpr = HIGH if HIGH > 0 else 16
+    column = LOW + tl.arange(0, WIDE)[None, :]
+    if LOW + WIDE == HIDDEN:
+        high = tl.load(row + column)
+    else:
+        high = tl.load(row + column, mask=column < hidden_size, other=0.0)
+    return low, high
 
 
 @triton.jit
@@ -28,36 +50,38 @@ def pair_gemm1_kernel(
     w13_expert_stride,
     hidden_size,
     HIDDEN: tl.constexpr,
-    HIDDEN_BLOCK: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
     EXPERTS: tl.constexpr,
     GLOBAL_EXPERTS: tl.constexpr,
     HAS_MAP: tl.constexpr,
     TOP_K: tl.constexpr,
     COLUMNS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """Grid: pairs × blocks of COLUMNS columns. Writes act [pairs, INTERMEDIATE] bf16, rows of valid pairs only.
-
-    hidden_size: HIDDEN again, as a number the compiler does not know (see above).
-    """
+    """Grid: pairs × blocks of COLUMNS columns. Writes act [pairs, INTERMEDIATE] bf16, rows of valid pairs only."""
+    begin(PDL)
     pair = tl.program_id(0)
-    k = tl.arange(0, HIDDEN_BLOCK)
-    inside = k < hidden_size
-    x = tl.load(hidden + (pair // TOP_K).to(tl.int64) * HIDDEN + k, mask=inside, other=0.0).to(tl.float32)
+    token = (pair // TOP_K).to(tl.int64) + tl.zeros((1, 1), tl.int64)
+    x_low, x_high = load_row(hidden + token * HIDDEN, hidden_size, HIDDEN, LOW, HIGH)
     expert = clean_expert(ids, pair, True, expert_map, EXPERTS, GLOBAL_EXPERTS, HAS_MAP).to(tl.int64)
     if expert < EXPERTS:
         column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         safe = tl.minimum(column, INTERMEDIATE - 1)
-        where = w13 + expert * w13_expert_stride + safe.to(tl.int64)[:, None] * HIDDEN + k[None, :]
-        gate_w = tl.load(where, mask=inside[None, :], other=0.0)
-        up_w = tl.load(where + INTERMEDIATE * HIDDEN, mask=inside[None, :], other=0.0)
+        where = w13 + expert * w13_expert_stride + safe.to(tl.int64)[:, None] * HIDDEN
+        gate_low, gate_high = load_row(where, hidden_size, HIDDEN, LOW, HIGH)
+        up_low, up_high = load_row(where + INTERMEDIATE * HIDDEN, hidden_size, HIDDEN, LOW, HIGH)
         scales = w13_scales + expert * (2 * INTERMEDIATE) + safe
         gate_scale = tl.load(scales)
         up_scale = tl.load(scales + INTERMEDIATE)
-        scale = quantisation_scale(tl.max(tl.abs(x), axis=0))
-        q = to_fp8(x, scale).to(tl.float32)[None, :]
-        gate = tl.sum(gate_w.to(tl.float32) * q, axis=1)
-        up = tl.sum(up_w.to(tl.float32) * q, axis=1)
+        low = x_low.to(tl.float32)
+        high = x_high.to(tl.float32)
+        scale = quantisation_scale(tl.maximum(tl.max(tl.abs(low)), tl.max(tl.abs(high))))
+        q_low = to_fp8(low, scale).to(tl.float32)
+        q_high = to_fp8(high, scale).to(tl.float32)
+        gate = tl.sum(gate_low.to(tl.float32) * q_low, axis=1) + tl.sum(gate_high.to(tl.float32) * q_high, axis=1)
+        up = tl.sum(up_low.to(tl.float32) * q_low, axis=1) + tl.sum(up_high.to(tl.float32) * q_high, axis=1)
         y = swiglu(gate * scale * gate_scale, up * scale * up_scale)
         tl.store(act + pair.to(tl.int64) * INTERMEDIATE + column, y.to(tl.bfloat16), mask=column < INTERMEDIATE)
 
@@ -81,6 +105,7 @@ def pair_gemm2_kernel(
     TOP_K: tl.constexpr,
     CHOICES: tl.constexpr,
     COLUMNS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid: tokens × blocks of COLUMNS hidden columns. Writes every element of out [tokens, HIDDEN] bf16.
 
@@ -98,9 +123,10 @@ def pair_gemm2_kernel(
     k = tl.arange(0, WIDTH_BLOCK)
     inside = valid[:, None] & (k < INTERMEDIATE)[None, :]
     w = tl.load(w2 + (expert * w2_expert_stride + column * INTERMEDIATE)[:, None] + k[None, :], mask=inside, other=0.0)
-    y = tl.load(act + pair.to(tl.int64)[:, None] * INTERMEDIATE + k[None, :], mask=inside, other=0.0).to(tl.float32)
     channel = tl.load(w2_scales + expert * HIDDEN + column, mask=valid, other=0.0)
     weight = tl.load(topk_weights + pair, mask=valid, other=0.0)
+    begin(PDL)
+    y = tl.load(act + pair.to(tl.int64)[:, None] * INTERMEDIATE + k[None, :], mask=inside, other=0.0).to(tl.float32)
     scale = quantisation_scale(tl.max(tl.abs(y), axis=1))
     value = tl.sum(w.to(tl.float32) * to_fp8(y, scale[:, None]).to(tl.float32), axis=1)
     total = tl.sum(tl.reshape(value * channel * scale * weight, (CHOICES, COLUMNS)), axis=0)

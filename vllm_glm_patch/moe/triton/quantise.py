@@ -5,24 +5,38 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import quantisation_scale, to_fp8
+from .common import begin, quantisation_scale, to_fp8
 
 
 @triton.jit
-def quantise_row(source, target, scales, row, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Quantise one contiguous row. BLOCK: power of two ≥ WIDTH."""
-    columns = tl.arange(0, BLOCK)
-    inside = columns < WIDTH
+def quantise_row(source, target, scales, row, WIDTH: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """Quantise one contiguous row as two blocks of LOW + HIGH ≥ WIDTH columns, powers of two; HIGH 0 for one block.
+
+    5120 columns are 4096 + 1024: no lane works on nothing.
+    """
     base = row.to(tl.int64) * WIDTH
-    x = tl.load(source + base + columns, mask=inside, other=0.0).to(tl.float32)
-    scale = quantisation_scale(tl.max(tl.abs(x), axis=0))
-    tl.store(target + base + columns, to_fp8(x, scale), mask=inside)
+    low_column = tl.arange(0, LOW)
+    low_inside = low_column < WIDTH
+    low = tl.load(source + base + low_column, mask=low_inside, other=0.0).to(tl.float32)
+    if HIGH > 0:  # before the reduction, which is a barrier: no load moves up across it
+        high_column = LOW + tl.arange(0, HIGH)
+        high_inside = high_column < WIDTH
+        high = tl.load(source + base + high_column, mask=high_inside, other=0.0).to(tl.float32)
+    amax = tl.max(tl.abs(low), axis=0)
+    if HIGH > 0:
+        amax = tl.maximum(amax, tl.max(tl.abs(high), axis=0))
+    scale = quantisation_scale(amax)
+    tl.store(target + base + low_column, to_fp8(low, scale), mask=low_inside)
+    if HIGH > 0:
+        tl.store(target + base + high_column, to_fp8(high, scale), mask=high_inside)
     tl.store(scales + row, scale)
 
 
 @triton.jit
-def quantise_rows_kernel(source, target, scales, limit, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def quantise_rows_kernel(source, target, scales, limit, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """One program a row. Rows from `limit[0]` (int32 on the device) on are left alone: they hold nothing."""
     row = tl.program_id(0)
-    if row < tl.load(limit):
-        quantise_row(source, target, scales, row, WIDTH, BLOCK)
+    end = tl.load(limit)  # routing's, two launches ago
+    begin(PDL)
+    if row < end:
+        quantise_row(source, target, scales, row, WIDTH, BLOCK, 0)
