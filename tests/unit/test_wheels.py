@@ -116,6 +116,11 @@ def test_what_is_recorded_is_well_and_complete() -> None:
     assert not {release: wrong for release, one in recorded["beside"].items() if (wrong := beside.judge(one))}
 
 
+def test_the_package_names_each_python_it_is_tried_in() -> None:
+    named = (wheels.ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert [v for v in wheels.PYTHONS if f'"Programming Language :: Python :: {v}"' not in named] == []
+
+
 def test_a_record_of_one_version_keeps_the_others(tmp_path: Path) -> None:
     file = tmp_path / "wheels.json"
     for version in ("3.10", "3.9", "3.10"):
