@@ -8,7 +8,7 @@ from typing import Optional
 import typer
 
 from .errors import UserError
-from .tools import apply_source, bench, diagnose, doctor, fence, model, patches, scan
+from .tools import apply_source, bench, diagnose, doctor, fence, model, patches, scan, verify
 from .version import __version__
 
 EXIT_CODES = """Exit codes of every command:
@@ -32,6 +32,7 @@ app.command("patches")(patches.command)
 app.command("scan")(scan.command)
 app.command("apply-source")(apply_source.command)
 app.command("model")(model.command)
+app.command("verify")(verify.command)
 app.command("fence")(fence.command)
 app.command("diagnose")(diagnose.command)
 app.add_typer(bench.app, name="bench")

@@ -60,6 +60,25 @@ def test_a_core_dump_is_reported_and_turns_success_into_failure(
     assert told["fault"]["device"] == 0
 
 
+@pytest.mark.parametrize("rerun", [False, True])
+def test_a_core_dump_that_tells_nothing_leads_to_the_search_or_says_how(
+    rerun: bool, options: Options, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def unreadable(path: Path) -> object:
+        raise RuntimeError(f"{path} (69 KiB) holds no device")
+
+    searched: list[int] = []
+    monkeypatch.setattr(command, "_SETTLED", 0)
+    monkeypatch.setattr(report_module, "read_core_dump", unreadable)
+    monkeypatch.setattr(command, "_find_by_rerun", lambda run, options, fault: searched.append(fault.pid))
+    code = "import os; name = os.environ['CUDA_COREDUMP_FILE'].replace('%p', '77'); open(name, 'w').write('x')"
+    assert command.run(python(code), options, rerun=rerun) == 1
+    told = capfd.readouterr().err
+    assert "holds no device" in told
+    assert searched == ([77] if rerun else [])
+    assert ("CUDA_LAUNCH_BLOCKING=1" in told) != rerun
+
+
 def test_an_old_core_dump_is_not_reported_again(options: Options) -> None:
     Path(options.directory).mkdir()
     (Path(options.directory) / "core-1.nvcudmp").touch()

@@ -10,7 +10,7 @@ from command_line import run
 
 from vllm_glm_patch import __version__
 
-COMMANDS = ("doctor", "patches", "scan", "model")
+COMMANDS = ("doctor", "patches", "scan", "model", "verify", "diagnose")
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:

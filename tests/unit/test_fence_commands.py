@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from vllm_glm_patch import catalog
 from vllm_glm_patch.cli import app
 from vllm_glm_patch.errors import UserError
 from vllm_glm_patch.fence import command as fence_command
+from vllm_glm_patch.tools import diagnose as diagnose_command
+from vllm_glm_patch.upstream import Upstream
 
 LOG = """INFO vLLM API server version {version}
 ERROR dump_input.py: SchedulerOutput(total_num_scheduled_tokens={tokens}, ...)
@@ -46,6 +49,55 @@ def test_other_crashes_are_not(tmp_path: Path, version: str, tokens: int, error:
     code, found = diagnose(tmp_path, version, tokens, error)
     assert [m for m in found["matches"] if m["id"] == "scale-overread" and m["certain"]] == []
     assert code == int(bool(found["matches"]))
+
+
+@pytest.mark.parametrize(
+    ("installed", "has_it", "told"),
+    [
+        ("0.10.1.1", True, "start vLLM again; its log must then show the table of patches"),
+        ("0.26.0", False, "nothing, where this vLLM is the one that serves"),
+        (None, None, "install vllm-glm-patch beside the vLLM that serves"),
+    ],
+)
+def test_the_vllm_here_is_held_against_the_match(
+    installed: str | None, has_it: bool | None, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upstream_of = Upstream(tmp_path, installed) if installed else None
+    monkeypatch.setattr(diagnose_command.upstream, "find_installed", lambda: upstream_of)
+    monkeypatch.setattr(diagnose_command.catalog, "decide", lambda found, settings: decided)
+    decided = [catalog.Decision("scale-overread", catalog.APPLY if has_it else catalog.NOT_NEEDED, "")]
+    _, found = diagnose(tmp_path, "0.10.1.1", 8192)
+    (match,) = [m for m in found["matches"] if m["id"] == "scale-overread"]
+    assert (match["installed"], match["installed_has_it"]) == (installed, has_it)
+    assert told in match["next"]
+
+
+def test_a_patch_that_the_log_calls_applied_points_elsewhere(tmp_path: Path) -> None:
+    table = "\nINFO   scale-overread  applied              the grouped FP8 GEMM reads past its scales"
+    _, found = diagnose(tmp_path, "0.10.1.1", 8192, FAULT + table)
+    (match,) = [m for m in found["matches"] if m["id"] == "scale-overread"]
+    assert found["patches"] == {"scale-overread": "applied"}
+    assert "it is likely something else" in match["next"]
+
+
+def test_the_answer_for_a_person_ends_with_what_to_do(tmp_path: Path) -> None:
+    log = tmp_path / "vllm.log"
+    log.write_text(LOG.format(version="0.10.1.1", tokens=8192, error=FAULT))
+    result = CliRunner().invoke(app, ["diagnose", str(log)])
+    assert result.output.splitlines()[-1].startswith("scale-overread: ")
+    assert " Next: " in result.output.splitlines()[-1]
+
+
+def test_a_version_that_is_none_hides_no_match(tmp_path: Path) -> None:
+    log = tmp_path / "vllm.log"
+    log.write_text(LOG.format(version="0.11.0rc2.dev7+gabc", tokens=8192, error=FAULT))
+    assert CliRunner().invoke(app, ["diagnose", str(log)]).exit_code == 1
+
+
+def test_a_folder_is_not_read_as_a_log(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["diagnose", str(tmp_path)])
+    assert isinstance(result.exception, UserError)
+    assert "Is a directory. Give a vLLM log or a CUDA core dump." in str(result.exception)
 
 
 def test_a_file_that_is_not_there_is_named() -> None:

@@ -8,8 +8,9 @@ a pluggable allocator: run vLLM with --disable-custom-all-reduce on several card
 until the graph is destroyed, or until `release_graphs` says that none will be replayed.
 """
 
+from .guards import Guards
 from .installation import install, install_from_environment, installed, release_graphs
 from .library import FenceError
 from .options import Options
 
-__all__ = ["FenceError", "Options", "install", "install_from_environment", "installed", "release_graphs"]
+__all__ = ["FenceError", "Guards", "Options", "install", "install_from_environment", "installed", "release_graphs"]

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from .coredump import cuda_gdb
 from .journal import read_journal
 from .library import FenceError, library_path
 from .options import Options
@@ -23,6 +22,10 @@ from .rerun import search_size
 
 HOOK = Path(__file__).with_name("hook")
 _FAULT_TEXTS = ("an illegal memory access was encountered", "CUDA_ERROR_ILLEGAL_ADDRESS")
+_WITHOUT_DUMP = (
+    "what faulted could not be read from the core dump. A command that faults by itself can be searched with --rerun; for a "
+    "server set CUDA_LAUNCH_BLOCKING=1 and send it the same requests: the traceback in its log then names the launch."
+)
 _SETTLED = 3  # seconds without growth: a core dump is complete
 # A core dump with registers, code and kernel parameters, but without the card's memory: megabytes, not 80 GB.
 _DUMP_FLAGS = "skip_nonrelocated_elf_images,skip_global_memory,skip_shared_memory,skip_local_memory"
@@ -45,7 +48,8 @@ def run(command: list[str], options: Options | None = None, rerun: bool = False)
     Args:
         command: program and arguments.
         options: a directory of its own is made where they name none; it is kept if there was a fault.
-        rerun: where cuda-gdb is missing, find the block by running the command again (see rerun.py).
+        rerun: where a core dump names no kernel, or cuda-gdb is missing, find the block by running the command again
+            (see rerun.py).
 
     Returns:
         The command's exit code (128 + signal where a signal ended it), but 1 where it ended with 0 after a fault.
@@ -70,8 +74,11 @@ def run(command: list[str], options: Options | None = None, rerun: bool = False)
         print(f"fence: report, core dumps and lists of blocks are in {directory}", file=sys.stderr)
     elif own_directory:
         shutil.rmtree(directory, ignore_errors=True)
-    if reports and rerun and cuda_gdb() is None:
-        _find_by_rerun(command, options, reports[0])
+    unread = [one for one in reports if not one.dump.kernel]
+    if unread and rerun:
+        _find_by_rerun(command, options, unread[0])
+    elif unread:
+        print("fence: " + _WITHOUT_DUMP, file=sys.stderr)
     return code or int(bool(reports))
 
 

@@ -19,6 +19,9 @@ _FOCUS = re.compile(
     r"block (?P<block>\([^)]*\)), thread (?P<thread>\([^)]*\)), "
     r"device (?P<device>\d+), sm (?P<sm>\d+), warp (?P<warp>\d+), lane (?P<lane>\d+)"
 )
+# cuda-gdb 13.0 stops at its own assertion "m_num_devices > 0" on a dump of some tens of KiB.
+_NO_DEVICE = re.compile(r"m_num_devices|num_devices *> *0|no (?:CUDA )?devices? (?:found|in)", re.I)
+_BROKE_OFF = re.compile(r"internal-error|Assertion .* failed|Aborted|Segmentation fault|not in executable format", re.I)
 _FRAME = re.compile(r"^#0\s+(?:0x[0-9a-fA-F]+ in )?(.+)$", re.M)
 _LAUNCH = re.compile(r"<<<\([\d,]+\),.*$", re.S)
 _REGISTER = re.compile(r"^(U?R\d+)\s+0x([0-9a-fA-F]+)", re.M)
@@ -148,13 +151,29 @@ def read_core_dump(path: Path) -> CoreDump:
     for command in commands(path):
         arguments += ["-ex", command]
     try:
-        done = subprocess.run(arguments, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT, check=False)
+        done = subprocess.run(
+            arguments, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT, check=False
+        )
     except subprocess.TimeoutExpired:
         raise RuntimeError(f"cuda-gdb did not finish with {path} in {_TIMEOUT} s; open it by hand.") from None
     dump = parse(done.stdout + done.stderr)
     if not dump.kernel and not dump.exception:
-        raise RuntimeError(f"cuda-gdb found no fault in {path}. It said: {dump.transcript[-500:].strip()}")
+        raise RuntimeError(_nothing(path, dump.transcript))
     return dump
+
+
+def _nothing(path: Path, transcript: str) -> str:
+    """Why a dump tells nothing, and what does."""
+    if _NO_DEVICE.search(transcript):
+        return (
+            f"{path} ({path.stat().st_size // 1024} KiB) holds no device, so the driver did not write what faulted. "
+            "It was seen where several processes shared the card. Run it again with nothing else on the card, or with "
+            "CUDA_LAUNCH_BLOCKING=1, which makes the traceback name the launch; a command that faults by itself can be "
+            "searched with `vllm-glm-patch fence --rerun`."
+        )
+    said = "\n".join(transcript.strip().splitlines()[-6:])
+    broken = " It broke off itself, as on a dump that is cut short." if _BROKE_OFF.search(transcript) else ""
+    return f"cuda-gdb found no fault in {path} ({path.stat().st_size // 1024} KiB).{broken} It said: {said[-500:]}"
 
 
 def parse(transcript: str) -> CoreDump:

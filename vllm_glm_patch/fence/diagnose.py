@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,13 +19,24 @@ _LOG_TEXT = {
     "Warp Illegal Instruction": "CUDA error: an illegal instruction was encountered",
     "Warp Assert": "CUDA error: device-side assert triggered",
 }
-_TOKENS = re.compile(r"total_num_scheduled_tokens[=:]\s*(\d+)")
-_VERSION = re.compile(r"(?:vLLM API server version|LLM engine \(v|vllm version[ =:]+)\s*v?(\d+\.\d+\.\d+(?:\.\w+)*)", re.I)
-_ERROR = re.compile(
-    r"(?:CUDA error: [^\n]+|CUDA_ERROR_\w+[^\n]*|Failed to initialize the TMA descriptor[^\n]*|"
-    r"[^\n]*(?:device-side assert|Assertion `[^\n]*failed)[^\n]*|CUDA Exception: [^\n]+)"
+# One a line of a log, whatever the logger put before it; the formats are those of vLLM 0.10.0 to 0.33.0.
+_ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_TOTAL = re.compile(r"total_num_scheduled_tokens\\?[\"']?[=:]\s*(\d+)")
+_EACH = re.compile(r"(?<!total_)num_scheduled_tokens\\?[\"']?[=:]\s*\{([^{}]*)\}")
+_COUNT = re.compile(r":\s*(\d+)\s*(?:,|$)")
+_VERSION = re.compile(
+    r"(?:vLLM (?:API )?server version|LLM engine \(v|vllm version[ =:]+|[█▀▄] +version|vllm==|^vllm(?:-cpu)? +)"
+    r"\s*v?(\d+\.\d+\.\d+(?:\.?[A-Za-z]+\d*|\.\d+)*(?:\+[\w.]+)?)",
+    re.I,
 )
+_ERROR = re.compile(
+    r"(?:CUDA|Cuda) (?:runtime |driver )?error:? [^\n]+|Triton Error \[CUDA\][^\n]*|CUDA_ERROR_\w+[^\n]*|cudaError\w+[^\n]*|"
+    r"CUDA out of memory[^\n]*|Failed to initialize the TMA descriptor[^\n]*|CUDA Exception: [^\n]+"
+)
+_ERROR_LINE = re.compile(r"[^\n]*(?:an illegal memory access was encountered|device-side assert|Assertion `[^\n]*failed)[^\n]*")
 _KERNEL = re.compile(r"coredump:\s+#0\s+0x[0-9a-f]+\s+(\S+)|The exception was triggered at PC 0x[0-9a-f]+\s+(.+)")
+_PATCH = re.compile(r"\b([a-z]+(?:-[a-z]+)+) {2,}(applied|not needed|switched off|refused|not in this release)\b")
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 
 
 @dataclass(frozen=True)
@@ -78,13 +90,17 @@ class Evidence:
         errors: error texts, in the order in which they appear.
         kernels: names of faulting kernels.
         tokens: token counts of dumped scheduler outputs; the last is that of the step that died.
-        version: of vLLM.
+        version: of vLLM, the last one that is named.
+        patches: (id, state) as this package's own table in the log has them; () where there is none.
+        surfaced: "file:line in function", the innermost frame of the first traceback that ends in such an error.
     """
 
     errors: tuple[str, ...] = ()
     kernels: tuple[str, ...] = ()
     tokens: tuple[int, ...] = ()
     version: str = ""
+    patches: tuple[tuple[str, str], ...] = ()
+    surfaced: str = ""
 
 
 @dataclass(frozen=True)
@@ -126,14 +142,17 @@ class Diagnosis:
             f"  kernel  {seen.kernels[0] if seen.kernels else 'not named'}",
             f"  tokens  {seen.tokens[-1] if seen.tokens else 'no dumped scheduler output'}",
         ]
+        if seen.patches:
+            lines.append("  patches " + ", ".join(f"{patch} {state}" for patch, state in seen.patches))
         for match in self.matches:
             how = "matches" if match.certain else f"may match (not in this file: {', '.join(match.unseen)})"
             lines.append(f"{how}: {match.signature.patch}. {match.signature.why}".rstrip())
         if not self.matches:
             lines.append("No known defect matches.")
         if not seen.kernels and seen.errors:
+            where = f" It surfaced in {seen.surfaced}, which need not be to blame." if seen.surfaced else ""
             lines.append(
-                "CUDA errors surface at a later call, so the log's traceback does not name the kernel. "
+                f"CUDA errors surface at a later call, so the log's traceback does not name the kernel.{where} "
                 "`vllm-glm-patch fence -- COMMAND` does."
             )
         return "\n".join(lines)
@@ -151,9 +170,12 @@ def diagnose(path: Path, signatures: Iterable[Signature]) -> Diagnosis:
         FileNotFoundError: it is a core dump and there is no cuda-gdb.
         RuntimeError: cuda-gdb cannot open it.
     """
-    evidence = read_dump_evidence(path) if is_core_dump(path) else read_log(path.read_text(errors="replace"))
+    evidence = read_dump_evidence(path) if is_core_dump(path) else read_lines(_lines(path))
     found = [match for signature in signatures if (match := match_signature(signature, evidence))]
-    return Diagnosis(path, evidence, tuple(sorted(found, key=lambda match: not match.certain)))
+    best: dict[str, Match] = {}  # one a defect
+    for match in sorted(found, key=lambda match: not match.certain):
+        best.setdefault(match.signature.patch, match)
+    return Diagnosis(path, evidence, tuple(best.values()))
 
 
 def read_dump_evidence(path: Path) -> Evidence:
@@ -164,14 +186,52 @@ def read_dump_evidence(path: Path) -> Evidence:
 
 
 def read_log(text: str) -> Evidence:
-    """What a vLLM log says of its death."""
-    version = _VERSION.search(text)
-    return Evidence(
-        errors=tuple(dict.fromkeys(found.group(0).strip() for found in _ERROR.finditer(text))),
-        kernels=tuple(dict.fromkeys((found.group(1) or found.group(2)).strip() for found in _KERNEL.finditer(text))),
-        tokens=tuple(int(count) for count in _TOKENS.findall(text)),
-        version=version.group(1) if version else "",
-    )
+    """What the text of a vLLM log says of its death."""
+    return read_lines(text.splitlines())
+
+
+def read_lines(lines: Iterable[str]) -> Evidence:
+    """The same line by line, since the log of a server can be larger than memory."""
+    errors: dict[str, None] = {}
+    kernels: dict[str, None] = {}
+    patches: dict[str, str] = {}
+    tokens: list[int] = []
+    version = frame = surfaced = ""
+    for raw in lines:
+        line = _ANSI.sub("", raw)
+        if found := _VERSION.search(line):
+            version = found.group(1)
+        tokens += _tokens(line)
+        patches.update(_PATCH.findall(line))
+        if named := _KERNEL.search(line):
+            kernels[(named.group(1) or named.group(2)).strip()] = None
+        if frames := _FRAME.findall(line):
+            file, number, function = frames[-1]
+            frame = f"{file}:{number} in {function}"
+        for error in _ERROR.findall(line) or _ERROR_LINE.findall(line):
+            errors[_one_error(error)] = None
+            surfaced = surfaced or frame
+    return Evidence(tuple(errors), tuple(kernels), tuple(tokens), version, tuple(patches.items()), surfaced)
+
+
+def _tokens(line: str) -> list[int]:
+    """Token counts of the scheduler outputs dumped in a line; from those of the requests where the line is cut short."""
+    totals = [int(count) for count in _TOTAL.findall(line)]
+    if totals:
+        return totals
+    return [sum(map(int, counts)) for each in _EACH.findall(line) if (counts := _COUNT.findall(each))]
+
+
+def _one_error(text: str) -> str:
+    """An error's first line, also where a log in JSON has several in one string."""
+    return re.split(r"\\n|\",", text)[0].strip()[:500]
+
+
+def _lines(path: Path) -> Iterable[str]:
+    with path.open("rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    with gzip.open(path, "rt", errors="replace") if packed else path.open(errors="replace") as text:
+        yield from text
 
 
 def match_signature(signature: Signature, evidence: Evidence) -> Match | None:

@@ -19,7 +19,9 @@ def command(
     stacks: bool = typer.Option(False, "--stacks", help="Keep the Python stack of every allocation, for the report."),
     cache_mb: int = typer.Option(4096, help="MiB of freed memory kept for reuse; 0 also finds uses after free, slowly."),
     directory: Optional[Path] = typer.Option(None, help="Where core dumps and the report go; a new folder otherwise."),
-    rerun: bool = typer.Option(False, "--rerun", help="Without cuda-gdb, find the block by running the command again."),
+    rerun: bool = typer.Option(
+        False, "--rerun", help="Where a dump tells nothing, find the block by running the command again."
+    ),
 ) -> None:
     """Run a command with a guard page behind every block of GPU memory: the first over-read faults, and is named.
 
