@@ -15,15 +15,12 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import contextlib
 import importlib.metadata
 import json
 import os
 import random
 import shlex
-import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,6 +30,8 @@ from pathlib import Path
 from typing import Any
 
 import children
+
+from vllm_glm_patch.tools.processes import Session, interruptible
 
 FLAGS = "--enable-chunked-prefill --max-num-batched-tokens 8192 --max-model-len 20000 --gpu-memory-utilization 0.17"
 LENGTHS = (1001, 5003, 8190, 8191, 12000, 8193, 8192, 16384)
@@ -44,7 +43,7 @@ ENTRY = "[vllm.general_plugins]\nguard_scales = guard_scales_plugin:register\n"
 
 
 class Server:
-    """One `vllm serve` in a process group of its own."""
+    """One `vllm serve`, ended with everything it starts."""
 
     def __init__(self, name: str, model: str, flags: str, environment: dict[str, str], logs: Path) -> None:
         with socket.socket() as probe:
@@ -56,16 +55,14 @@ class Server:
         self.command = " ".join(command[1:])
         base = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
         base["CPATH"] = "/usr/local/cuda/include"
-        self.process = subprocess.Popen(
-            command, stdout=self.log.open("w"), stderr=subprocess.STDOUT, start_new_session=True, cwd=logs,
-            env={**os.environ, **base, **environment},
-        )  # fmt: skip
+        self.log.unlink(missing_ok=True)
+        self.session = Session(command, self.log, {**os.environ, **base, **environment}, logs)
 
     def wait_until_ready(self, seconds: float) -> float:
         started = time.time()
         while time.time() - started < seconds:
-            if self.process.poll() is not None:
-                raise RuntimeError(f"the server ended with {self.process.returncode}; see {self.log}")
+            if (code := self.session.exit_code()) is not None:
+                raise RuntimeError(f"the server ended with {code}; see {self.log}")
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2)
                 return time.time() - started
@@ -95,13 +92,8 @@ class Server:
         return [line.strip() for line in self.log.read_text().splitlines() if any(n in line for n in needles)][:12]
 
     def stop(self) -> None:
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(20)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        time.sleep(2)
+        self.session.stop()
+        time.sleep(2)  # the driver takes back the memory
 
 
 def prompt_of(length: int) -> list[int]:
@@ -159,7 +151,8 @@ def main() -> None:
     ]
     wanted = [server for server in wanted if not arguments.only or server[0] in arguments.only.split(",")]
     result = {"vllm": importlib.metadata.version("vllm"), "flags": arguments.flags, **children.run(children.machine)}
-    with concurrent.futures.ThreadPoolExecutor(len(wanted)) as pool:
+    # In this order: an interruption ends the servers, and the pool waits for threads that then have nothing to wait for.
+    with concurrent.futures.ThreadPoolExecutor(len(wanted)) as pool, interruptible():
         running = []
         for name, guarded, environment in wanted:
             running.append(pool.submit(serve, name, arguments, guarded, environment, logs))

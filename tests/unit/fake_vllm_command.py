@@ -43,6 +43,7 @@ def serve() -> None:
         print("ValueError: No available memory for the cache blocks.")
         sys.exit(1)
     print("GPU KV cache size: 524,288 tokens", flush=True)
+    print(f"cards {os.environ.get('CUDA_VISIBLE_DEVICES')}", flush=True)
     if SIDE == "patched":
         print("vllm-glm-patch 0.1.0 on vLLM 0.17.1", flush=True)
     served = 0

@@ -17,9 +17,8 @@ import pytest
 from command_line import Result, run
 
 from vllm_glm_patch.errors import UserError
-from vllm_glm_patch.tools.bench import result as results
-from vllm_glm_patch.tools.bench import server
-from vllm_glm_patch.tools.bench.plan import make_points
+from vllm_glm_patch.tools.bench import schema, server
+from vllm_glm_patch.tools.bench.cases import make_points
 
 ROOT = Path(__file__).parents[2]
 FAKE = Path(__file__).with_name("fake_vllm_command.py")
@@ -51,7 +50,7 @@ class Bench:
         return [json.loads(line) for line in self._calls.read_text().splitlines()]
 
     def result(self) -> dict[str, Any]:
-        return results.read(self.out)
+        return schema.read(self.out / "serve.json")
 
 
 @pytest.fixture
@@ -112,6 +111,15 @@ def test_every_load_is_measured_as_often_as_asked_after_its_warm_up(bench: Bench
     assert row_of(bench.result(), "median_ttft_ms", concurrency=4)["patched_runs"] == 2
 
 
+def test_a_case_can_be_warmed_up_once_with_its_highest_load(bench: Bench) -> None:
+    assert bench("--concurrency", "1,4", "--warm-each", "case", "--order", "AB", *FEW).code == 0
+    clients = [call for call in bench.calls() if call[0] == "client"]
+    asked = [(value_in(call, "--max-concurrency"), Path(value_in(call, "--result-filename")).stem) for call in clients]
+    assert [one for one in asked if "warmup" in one[1]] == 2 * [("4", "random__concurrency_1-warmup-1")]
+    assert len(asked) == 2 * 3
+    assert len({value_in(call, "--seed") for call in clients[:3]}) == 3
+
+
 def test_no_prompts_are_sent_twice_to_a_server_and_both_sides_get_the_same(bench: Bench) -> None:
     """Else the prefix cache answers."""
     assert bench("--concurrency", "1,2", "--repeats", 2, "--order", "AB", *FEW, "--seed", 7).code == 0
@@ -130,6 +138,44 @@ def test_rows_have_both_sides_their_ratio_and_the_servers(bench: Bench) -> None:
     assert row_of(result, "input_throughput")["upstream"] == 200
     assert row_of(result, "kv_cache_tokens", case="server")["patched"] == 524288
     assert row_of(result, "startup_s", case="server")["ratio"] > 0
+
+
+def test_warm_ups_do_not_wait_between_requests_and_give_short_answers(bench: Bench) -> None:
+    assert bench("--order", "AB", "--request-rate", 50, *FEW, "--random-output-len", 512).code == 0
+    warming, measuring, *_ = (call for call in bench.calls() if call[0] == "client")
+    assert ("--request-rate" in warming, "--request-rate" in measuring) == (False, True)
+    assert (value_in(warming, "--random-output-len"), value_in(measuring, "--random-output-len")) == ("32", "512")
+
+
+def test_what_there_is_no_time_for_is_left_out_on_both_sides_and_told(bench: Bench) -> None:
+    loads = ",".join(map(str, range(1, 21)))
+    assert bench(*QUICK, "--minutes", 0.1, "--concurrency", loads, *FEW, trouble={"seconds": 0.7}).code == 0
+    result = bench.result()
+    measured = {side: [r["concurrency"] for r in result["runs"] if r["side"] == side] for side in ("upstream", "patched")}
+    assert 1 <= len(measured["patched"]) <= len(measured["upstream"]) < 20
+    assert set(measured["patched"]) <= set(measured["upstream"])
+    assert not result["complete"]
+    assert result["findings"][0].startswith("upstream, server 1: no time was left for random, concurrency ")
+
+
+def test_two_groups_of_cards_serve_both_sides_at_once_and_each_side_once(bench: Bench) -> None:
+    assert bench("--warmups", 0, "--groups", "0-1,2+4", *FEW).code == 0
+    result = bench.result()
+    assert result["complete"]
+    served = sorted((one["leg"], one["side"], one["cards"]) for one in result["servers"])
+    assert served == [(1, "upstream", "0,1"), (2, "patched", "2,4"), (3, "patched", "0,1"), (4, "upstream", "2,4")]
+    for one in result["servers"]:
+        assert f"cards {one['cards']}\n" in (bench.out / one["log"]).read_text()
+    kinds = ["client" if call[0] == "client" else "server" for call in bench.calls()]
+    assert kinds == 2 * ["server", "server", "client", "client"]
+    assert row_of(result, "median_ttft_ms")["patched_runs"] == 2
+
+
+def test_flags_that_one_of_two_servers_does_not_take_end_both(bench: Bench) -> None:
+    answer = bench("--no-such-flag", *QUICK, "--groups", "0,1", *FEW)
+    assert answer.code == 2
+    assert "unrecognized arguments: --no-such-flag" in answer.err
+    assert living_with("--no-such-flag") == []
 
 
 def test_json_prints_the_result_and_nothing_else(bench: Bench) -> None:
@@ -160,10 +206,23 @@ def test_a_death_at_the_request_that_the_client_tries_first_is_one_at_request_1(
 def test_after_a_death_a_new_server_measures_the_other_cases(bench: Bench) -> None:
     assert bench(*QUICK, "--concurrency", "1,2", *FEW, trouble={"died": "upstream", "at": 6}).code == 0
     upstream = [(run["concurrency"], run["status"]) for run in bench.result()["runs"] if run["side"] == "upstream"]
-    assert upstream == [(1, results.OK), (2, results.DIED)]
+    assert upstream == [(1, schema.OK), (2, schema.DIED)]
     bench.out = bench.out.with_name("second")
     assert bench(*QUICK, "--concurrency", "1,2", "--", "--num-prompts", 2, trouble={"died": "upstream", "at": 1}).code == 0
     assert [server["status"] for server in bench.result()["servers"]] == ["died", "died", "ended"]
+
+
+def test_a_case_that_kills_servers_is_left_and_the_other_side_measures_all_of_it(bench: Bench, tmp_path: Path) -> None:
+    (tmp_path / "cases.toml").write_text(
+        '[[case]]\nname = "deadly"\nconcurrency = [1, 2, 3]\n[[case]]\nname = "other"\nconcurrency = 1\n'
+    )
+    options = ("--cases", "cases.toml", "--deaths", 1, "--", "--num-prompts", 2)
+    assert bench(*QUICK, *options, trouble={"died": "upstream", "at": 4}).code == 0
+    result = bench.result()
+    upstream = [(run["case"], run["concurrency"], run["status"]) for run in result["runs"] if run["side"] == "upstream"]
+    assert upstream == [("deadly", 1, schema.OK), ("deadly", 2, schema.DIED), ("other", 1, schema.OK)]
+    assert [run["concurrency"] for run in result["runs"] if run["side"] == "patched"] == [1, 2, 3, 1]
+    assert "upstream: left out, since deadly has killed 1 of its servers: deadly, concurrency 3." in result["findings"]
 
 
 def test_a_server_that_does_not_start_is_a_result(bench: Bench) -> None:
@@ -186,10 +245,16 @@ def test_a_package_that_the_client_lacks_is_named(bench: Bench, monkeypatch: pyt
     assert "needs pandas, which is not installed" in answer.err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_an_interruption_keeps_what_is_measured_and_ends_the_server(bench: Bench, number: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("number", "options"),
+    [(signal.SIGINT, ()), (signal.SIGTERM, ()), (signal.SIGINT, ("--groups", "0,1"))],
+    ids=["SIGINT", "SIGTERM", "groups"],
+)
+def test_an_interruption_keeps_what_is_measured_and_ends_the_servers(
+    bench: Bench, number: signal.Signals, options: tuple[str, ...]
+) -> None:
     environment = {**os.environ, "FAKE_VLLM": json.dumps({"seconds": 1}), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "vllm_glm_patch", "bench", "serve", "model", "--out", str(bench.out)]
+    command = [sys.executable, "-m", "vllm_glm_patch", "bench", "serve", "model", "--out", str(bench.out), *options]
     command += ["--warmups", "0", "--repeats", "50", "--", "--num-prompts", "2"]
     process = subprocess.Popen(
         command,
@@ -200,7 +265,8 @@ def test_an_interruption_keeps_what_is_measured_and_ends_the_server(bench: Bench
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     )
     try:
-        wait_until(lambda: (bench.out / results.NAME).exists() and bench.result()["runs"])
+        wait_until(lambda: (bench.out / "serve.json").exists() and bench.result()["runs"])
+        assert not bench.result()["complete"]  # nor would it be if nobody could write any more
         process.send_signal(number)
         _, errors = process.communicate(timeout=30)
     finally:
@@ -210,8 +276,9 @@ def test_an_interruption_keeps_what_is_measured_and_ends_the_server(bench: Bench
     result = bench.result()
     assert not result["complete"]
     assert row_of(result, "median_ttft_ms")["upstream"] == 11.0
-    port = bench.calls()[0][bench.calls()[0].index("--port") + 1]
-    assert living_with(f"--port {port} ") == []
+    for call in bench.calls():
+        assert living_with(f"--port {value_in(call, '--port')} ") == []
+    assert not any(run["status"] == schema.DIED for run in result["runs"])
 
 
 @pytest.mark.parametrize(
@@ -222,12 +289,18 @@ def test_an_interruption_keeps_what_is_measured_and_ends_the_server(bench: Bench
         (("--concurrency", "0"), "--concurrency is '0'"),
         (("--", "--seed", "x"), "--seed is 'x'; give a whole number from 0 on"),
         (("--order", "BA"), "--order is 'BA'; give one of ABBA, AB"),
+        (("--warm-each", "run"), "--warm-each is 'run'; give one of load, case"),
         (("--port", "8000"), "--port is chosen by this command"),
         (("--", "--max-concurrency", "4"), "--max-concurrency of `vllm bench serve` is set by this command"),
         (("--", "--dataset-name", "sharegpt"), "needs --dataset-path FILE"),
         (("--", "--dataset-name", "sharegpt", "--dataset-path", "none.json"), "--dataset-path none.json is no file"),
         (("--concurrency", "1,1"), "'random, concurrency 1' is there 2 times"),
         (("--cases", "none.toml"), "--cases none.toml cannot be read"),
+        (("--cases", "prefill,decod"), "or some of prefill,decode,mixed"),
+        (("--groups", "0-3"), "--groups is '0-3'; give two groups of different cards"),
+        (("--groups", "0-3,3-6"), "two groups of different cards"),
+        (("--groups", "0-3,4-5"), "has 4 and 2 cards"),
+        (("--groups", "0,x"), "--groups has 'x'; give two groups of card numbers, such as 0-3,4-7"),
     ],
 )
 def test_a_wrong_option_is_told_before_anything_starts(bench: Bench, arguments: tuple[str, ...], expected: str) -> None:
@@ -254,14 +327,60 @@ def test_cases_come_from_a_file(tmp_path: Path) -> None:
         '[[case]]\nname = "prefill"\nflags = "--random-input-len 8192"\nconcurrency = [1, 4]\n'
         '[[case]]\nname = "mixed"\nflags = ["--random-input-len", 4096]\nrequest_rate = 0.5\n'
     )
-    points = make_points(["--seed", "1"], None, None, file)
+    points = make_points(["--seed", "1"], None, None, str(file))
     assert [point.label for point in points] == ["prefill, concurrency 1", "prefill, concurrency 4", "mixed, 0.5 requests/s"]
-    assert points[2].flags == ("--seed", "1", "--random-input-len", "4096")
+    assert points[2].flags == ("--random-input-len", "4096", "--seed", "1")
     assert [point.prompts for point in points] == [16, 16, 30]
+
+
+def test_known_cases_come_by_name_with_bounded_prompts() -> None:
+    points = make_points(["--seed", "1"], None, None, "prefill,decode,mixed")
+    assert [(p.case, p.concurrency or p.request_rate, p.prompts) for p in points] == [
+        *(("prefill", 1, 8), ("prefill", 4, 16), ("prefill", 16, 32)),
+        *(("decode", 1, 2), ("decode", 16, 16), ("decode", 64, 64), ("decode", 256, 256)),
+        *(("mixed", 0.5, 8), ("mixed", 1, 16), ("mixed", 2, 24), ("mixed", 4, 32)),
+    ]
+    assert points[0].flags == ("--random-input-len", "8192", "--random-output-len", "1", "--seed", "1")
+    assert make_points(["--num-prompts", "3"], None, None, "prefill")[2].prompts == 3
+
+
+def test_prompts_of_a_case_are_one_for_all_loads_or_one_a_load(tmp_path: Path) -> None:
+    file = tmp_path / "cases.toml"
+    file.write_text('[[case]]\nname = "a"\nconcurrency = [1, 2, 3]\nprompts = 5\n')
+    assert [point.prompts for point in make_points([], None, None, str(file))] == [5, 5, 5]
+    file.write_text('[[case]]\nname = "a"\nconcurrency = [1, 2, 3]\nprompts = [5, 6]\n')
+    with pytest.raises(UserError, match="The case 'a' has 3 loads and 2 prompts; give one number, or one a load"):
+        make_points([], None, None, str(file))
 
 
 def test_an_unknown_key_of_a_case_is_named(tmp_path: Path) -> None:
     file = tmp_path / "cases.toml"
     file.write_text('[[case]]\nname = "a"\nconcurency = 1\n')
     with pytest.raises(UserError, match="the key 'concurency'; known keys are concurrency"):
-        make_points([], None, None, file)
+        make_points([], None, None, str(file))
+
+
+def test_the_session_for_a_card_runs_in_the_background_and_hands_over_what_there_is(bench: Bench, tmp_path: Path) -> None:
+    script = ROOT / "benchmarks" / "session_serve.sh"
+    python = tmp_path / "bin" / "python3"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    cases = tmp_path / "cases.toml"
+    cases.write_text('[[case]]\nname = "a"\nflags = "--random-output-len 1"\nprompts = 2\n')
+    places = {"KEEP": str(tmp_path / "keep"), "OURS": str(ROOT), "OUT": str(tmp_path / "brought"), "CASES": str(cases)}
+
+    def session(*arguments: str) -> str:
+        command = ["bash", script, *arguments]
+        done = subprocess.run(command, env={**os.environ, **places}, capture_output=True, text=True, timeout=240, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    session("start", "old", "5")
+    assert session("wait", "old", "0").endswith("old still runs\n")
+    assert session("wait", "old", "200").endswith("old has ended, exit code 0\n")
+    result = schema.read(tmp_path / "brought" / "old" / "serve.json")
+    assert result["complete"], (tmp_path / "brought" / "old" / "old.txt").read_text()
+    server = bench.calls()[0]
+    assert value_in(server, "--load-format") == "glm_patch_synthetic"
+    assert json.loads((Path(server[2]) / "config.json").read_text())["num_hidden_layers"] == 92
+    assert (tmp_path / "brought" / "old" / "logs.tgz").stat().st_size > 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import weakref
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,10 @@ def config(preset: str = "tiny", **changes: Any) -> SimpleNamespace:
 
 def tensor(name: str, spec: ModelSpec) -> Tensor:
     return next(tensor for tensor in tensors_of(spec) if tensor.name == name)
+
+
+def draws(name: str, seed: int, first: int, count: int) -> torch.Tensor:
+    return fills._draws(fills._keys([name], seed, CPU), first, count)[0]
 
 
 class Model(torch.nn.Module):
@@ -101,7 +106,7 @@ def test_bf16_is_the_model_that_fp8_stores() -> None:
 
 def test_values_are_those_of_splitmix64() -> None:
     """Against a plain implementation on Python's whole numbers."""
-    mask, key = 2**64 - 1, fills._draws("name", 5, -1, 1, CPU).item()  # counter 0: the key itself, mixed
+    mask, key = 2**64 - 1, draws("name", 5, -1, 1).item()  # counter 0: the key itself, mixed
     for shift, factor in reversed(fills._ROUNDS):
         key = key * pow(factor % 2**64, -1, 2**64) & mask
         undone = key
@@ -114,12 +119,12 @@ def test_values_are_those_of_splitmix64() -> None:
         z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & mask
         z = (z ^ (z >> 27)) * 0x94D049BB133111EB & mask
         expected.append(z ^ (z >> 31))
-    assert [value % 2**64 for value in fills._draws("name", 5, 0, 3, CPU).tolist()] == expected
+    assert [value % 2**64 for value in draws("name", 5, 0, 3).tolist()] == expected
 
 
 def test_all_256_steps_are_used_alike() -> None:
     wanted = Tensor("w", "F8_E4M3", (512, 4096), "linear", 1.0)
-    counts = fills._draws("w", 0, 0, wanted.elements // 8, CPU).view(torch.uint8).int().bincount(minlength=256)
+    counts = draws("w", 0, 0, wanted.elements // 8).view(torch.uint8).int().bincount(minlength=256)
     assert ((counts - wanted.elements / 256).abs() < 6 * (wanted.elements / 256) ** 0.5).all()
     assert set(fills.made(wanted, 0, CPU).view(torch.uint8).unique().tolist()) == set(weights.codes().tolist())
 
@@ -201,6 +206,70 @@ def test_a_collapsed_router_is_warned_of(caplog: pytest.LogCaptureFixture, monke
 def test_parameters_that_stay_empty_are_named(caplog: pytest.LogCaptureFixture) -> None:
     load(Model([*tensors_of(spec_for("tiny")), Tensor("model.extra", "BF16", (1,), "constant", 0)]), config())
     assert "without a synthetic weight: 1, among them model.extra;" in caplog.text
+
+
+def test_scales_of_the_kv_cache_that_vllm_sets_itself_are_not_missed(caplog: pytest.LogCaptureFixture) -> None:
+    attention = "model.layers.1.self_attn.attn"
+    scales = [Tensor(f"{attention}.{name}_scale", "F32", (), "constant", 0) for name in ("q", "k", "v", "prob")]
+    model = Model([*tensors_of(spec_for("tiny", weight_format="fp8")), *scales])
+    load(model, config(weight_format="fp8"))
+    assert "without a synthetic weight" not in caplog.text
+
+
+def test_fp8_weights_are_numbers_and_spread_over_both_signs() -> None:
+    """0x7f and 0xff are the NaN of E4M3; a kernel would hand one of them on to a whole row."""
+    for wanted in tensors_of(spec_for("tiny", layers=2, weight_format="fp8")):
+        if wanted.dtype == "F8_E4M3":
+            value = fills.made(wanted, 0, CPU)
+            codes = value.view(torch.uint8)
+            assert not bool(((codes & 0x7F) == 0x7F).any()), wanted.name
+            assert (codes < 0x80).float().mean().item() == pytest.approx(0.5, abs=0.02), wanted.name
+
+
+def test_fp8_parameters_take_the_bytes_as_they_are_and_bf16_scales_as_float32() -> None:
+    """What vLLM's loaders do with them: a copy into a part of a stacked parameter, on the same device."""
+    spec = spec_for("tiny", weight_format="fp8")
+    layer = "model.layers.1.mlp.experts.3"
+    rows, columns = spec.moe_intermediate_size, spec.hidden_size
+    w13 = torch.empty(spec.num_experts, 2 * rows, columns, dtype=torch.float8_e4m3fn)
+    w13_scale = torch.ones(spec.num_experts, 2 * rows, 1)
+    for place, name in ((0, "gate_proj"), (rows, "up_proj")):
+        weight, scale = (fills.made(tensor(f"{layer}.{name}.{part}", spec), 0, CPU) for part in ("weight", "weight_scale"))
+        w13[3].narrow(0, place, rows).copy_(weight)
+        w13_scale[3].narrow(0, place, rows).copy_(scale)
+        assert torch.equal(w13[3, place : place + rows].view(torch.uint8), weight.view(torch.uint8))
+        assert torch.equal(w13_scale[3, place : place + rows], scale.float())
+    effective = w13[3].float() * w13_scale[3]
+    assert effective.std().item() == pytest.approx(columns**-0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("weight_format", ["bf16", "fp8"])
+def test_weights_that_are_made_together_are_those_that_are_made_alone(
+    weight_format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = spec_for("tiny", layers=2, weight_format=weight_format)
+    expected = {t.name: fills.made(t, 5, CPU) for t in tensors_of(spec)}
+    for elements in (1 << 23, 3 * spec.moe_intermediate_size * spec.hidden_size + 1):  # all of a layer; three at a time
+        monkeypatch.setattr(fills, "_PIECE_ELEMENTS", elements)
+        found = dict(loader.named_weights(config(weight_format=weight_format, num_hidden_layers=2), 5, CPU, {0, 1}))
+        assert found.keys() == expected.keys()
+        for name, value in found.items():
+            assert value.dtype == expected[name].dtype
+            assert value.shape == expected[name].shape
+            assert torch.equal(value.view(torch.uint8), expected[name].view(torch.uint8)), name
+
+
+def test_no_more_than_a_piece_is_kept_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """48 GB of weights on a card of 80 GB: there is no room for a second copy."""
+    monkeypatch.setattr(fills, "_PIECE_ELEMENTS", 1 << 17)
+    seen: list[tuple[int, weakref.ref[torch.Tensor]]] = []
+    for name, value in loader.named_weights(config(weight_format="fp8"), 0, CPU, {0, 1}):
+        storage = value.untyped_storage()
+        assert storage.nbytes() <= max(value.nbytes, 2 * (1 << 17)), name
+        others = [ref for place, ref in seen if place != storage.data_ptr() and ref() is not None]
+        assert others == [], name
+        seen.append((storage.data_ptr(), weakref.ref(value)))
+        del value, storage
 
 
 @pytest.mark.parametrize("seed", range(3))

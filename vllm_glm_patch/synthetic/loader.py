@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from vllm_glm_patch.errors import UserError
@@ -17,7 +18,12 @@ from vllm_glm_patch.log import follow_vllm, logger
 if TYPE_CHECKING:
     import torch
 
+    from vllm_glm_patch.tools.model.tensors import Tensor
+
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
+_EXPERT = re.compile(r"(?<=\.experts\.)\d+\..*")
+# What every attention of a quantised model has, at -1 until vLLM has looked whether a checkpoint gave any: then 1.
+_CACHE_SCALES = re.compile(r"\.(?:q|k|v|prob)_scale$")
 
 
 def loader_class(base: type) -> type:
@@ -43,7 +49,9 @@ def seed_of(extra_config: Any) -> int:
 
 
 def named_weights(config: Any, seed: int, device: torch.device, layers: set[int]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights of a whole checkpoint, one after the other, those of other layers than `layers` left out.
+    """The weights of a whole checkpoint, a few MB at a time, those of other layers than `layers` left out.
+
+    A layer's experts come ordered by what they are, gate, up or down, since vLLM takes them in any order.
 
     Args:
         config: the model's Hugging Face configuration, a Glm4MoeConfig.
@@ -54,13 +62,17 @@ def named_weights(config: Any, seed: int, device: torch.device, layers: set[int]
     Raises:
         UserError: `config` is of a model that cannot be made.
     """
-    from vllm_glm_patch.synthetic.fills import made
+    from vllm_glm_patch.synthetic.fills import made_alike
     from vllm_glm_patch.synthetic.sizes import tensors_for
 
-    for tensor in tensors_for(config):
-        found = _LAYER.search(tensor.name)
+    for name, tensors in groupby(tensors_for(config), lambda tensor: _EXPERT.sub("", tensor.name)):
+        found = _LAYER.search(name)
         if found is None or int(found.group(1)) in layers:
-            yield tensor.name, made(tensor, seed, device)
+            kinds: dict[object, list[Tensor]] = {}
+            for tensor in tensors:
+                kinds.setdefault((tensor.dtype, tensor.shape, tensor.fill, tensor.value), []).append(tensor)
+            for alike in kinds.values():
+                yield from made_alike(alike, seed, device)
 
 
 def _download_model(self: Any, model_config: Any) -> None:
@@ -110,8 +122,11 @@ def _device_of(parameters: Iterable[torch.Tensor]) -> torch.device:
 
 
 def _check_all_are_filled(parameters: Mapping[str, torch.Tensor], loaded: set[str] | None) -> None:
-    """Warn of parameters that vLLM does not report as loaded: they hold whatever was in memory."""
-    missing = sorted(set(parameters) - loaded) if loaded else []
+    """Warn of parameters that vLLM does not report as loaded: they hold whatever was in memory.
+
+    But for the scales of the KV cache, which a checkpoint may leave out.
+    """
+    missing = sorted(name for name in set(parameters) - loaded if not _CACHE_SCALES.search(name)) if loaded else []
     if missing:
         logger.warning(
             "Parameters without a synthetic weight: %d, among them %s; answers and times mean little. "

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Optional
 
-from .processes import Group
+from ..processes import Session
 
 _EVERY = 1.0  # seconds
 _MIB = 1024**2
@@ -20,17 +20,20 @@ _MIB = 1024**2
 class MemoryWatch:
     """Looks every second while in its `with` statement."""
 
-    def __init__(self) -> None:
-        self.source = "nvidia-smi" if _card_mib() is not None else "process RSS"
+    def __init__(self, cards: str = "") -> None:
+        """`cards`: numbers of the cards to look at, comma-separated; empty: all."""
+        self._cards = cards
+        before = _card_mib(cards)
+        self.source = "nvidia-smi" if before is not None else "process RSS"
         self.peak_mib: Optional[float] = None
-        self._before = _card_mib() or 0.0
-        self._group: Optional[Group] = None
+        self._before = before or 0.0
+        self._session: Optional[Session] = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def follow(self, group: Group) -> None:
+    def follow(self, session: Session) -> None:
         """The processes to look at."""
-        self._group = group
+        self._session = session
 
     def __enter__(self) -> MemoryWatch:
         self._thread.start()
@@ -50,15 +53,16 @@ class MemoryWatch:
 
     def _now(self) -> float:
         if self.source == "nvidia-smi":
-            return max(0.0, (_card_mib() or 0.0) - self._before)
-        return sum(map(_rss_mib, self._group.members())) if self._group else 0.0
+            return max(0.0, (_card_mib(self._cards) or 0.0) - self._before)
+        return sum(map(_rss_mib, self._session.members())) if self._session else 0.0
 
 
-def _card_mib() -> Optional[float]:
-    """MiB in use on all cards together; None where nvidia-smi is not there or does not answer."""
+def _card_mib(cards: str) -> Optional[float]:
+    """MiB in use on these cards together; None where nvidia-smi is not there or does not answer."""
     if shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    command += [f"--id={cards}"] if cards else []
     with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError):
         answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
         return sum(map(float, answer.stdout.split()))

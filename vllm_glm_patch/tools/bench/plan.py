@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,17 +9,12 @@ from typing import Any, Optional
 
 from ...errors import UserError
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 UPSTREAM, PATCHED = "upstream", "patched"
 ORDERS = {"ABBA": (UPSTREAM, PATCHED, PATCHED, UPSTREAM), "AB": (UPSTREAM, PATCHED)}
+LOAD, CASE = WARM_EACH = ("load", "case")
 LEAST_PROMPTS = 16
 PROMPTS_A_SLOT = 4  # so that the ramps at both ends of a run weigh little
 SECONDS_AT_A_RATE = 60
-_KEYS = {"name", "flags", "concurrency", "request_rate"}
 _OURS_OF_SERVE = ("--host", "--port")
 _OURS_OF_BENCH = (
     *("--host", "--port", "--base-url", "--model", "--max-concurrency", "--request-rate"),
@@ -40,6 +33,8 @@ class Point:
     """--max-concurrency; None: no limit."""
     request_rate: Optional[float] = None
     """Requests a second; None: all at once."""
+    count: Optional[int] = None
+    """Requests that are sent, unless --num-prompts among the flags says; None: enough for this load."""
 
     @property
     def label(self) -> str:
@@ -50,17 +45,19 @@ class Point:
 
     @property
     def prompts(self) -> int:
-        """How many requests are sent: as --num-prompts says, else enough for this load."""
+        """How many requests are sent: as --num-prompts says, else as the case says, else enough for this load."""
         given = value_of(self.flags, "--num-prompts")
         if given is not None:
-            return int(_number(given, "--num-prompts", int, 1))
+            return int(number(given, "--num-prompts", int, 1))
+        if self.count is not None:
+            return self.count
         at_rate = round(self.request_rate * SECONDS_AT_A_RATE) if self.request_rate else 0
         return max(LEAST_PROMPTS, PROMPTS_A_SLOT * (self.concurrency or 1), at_rate)
 
     @property
     def seed(self) -> int:
         """The seed that those of the runs are counted from: as --seed says, else 0."""
-        return int(_number(value_of(self.flags, "--seed") or 0, "--seed", int, 0))
+        return int(number(value_of(self.flags, "--seed") or 0, "--seed", int, 0))
 
     def as_dict(self) -> dict[str, Any]:
         """As the result file has it."""
@@ -68,6 +65,7 @@ class Point:
             "case": self.case,
             "concurrency": self.concurrency,
             "request_rate": self.request_rate,
+            "prompts": self.prompts,
             "flags": list(self.flags),
         }
 
@@ -83,9 +81,17 @@ class Plan:
     repeats: int = 1
     """How often each server is measured at each point."""
     warmups: int = 1
-    """Runs at each point whose numbers are thrown away, on each server."""
+    """Runs whose numbers are thrown away, on each server, before each point or case, as `warm_each` says."""
     start_limit: float = 1800.0
     """Seconds a server may take until it is ready."""
+    minutes: Optional[float] = None
+    """After this time no point is begun; each server has an equal share of it. None: no limit."""
+    groups: tuple[str, ...] = ()
+    """Values of CUDA_VISIBLE_DEVICES, one for each of the two servers that run at once; none: one server at a time."""
+    warm_each: str = LOAD
+    """``load``: before each point, with its own load. ``case``: once before each case, with its highest concurrency."""
+    deaths: int = 2
+    """So many servers of one leg may die in one case; then its other loads are left out there."""
 
     @property
     def sides(self) -> tuple[str, ...]:
@@ -93,43 +99,26 @@ class Plan:
         return ORDERS[self.order]
 
     @property
+    def rounds(self) -> tuple[tuple[tuple[int, str, str], ...], ...]:
+        """What runs at once, round after round: number of the leg from 1 on, side, and group (empty: all cards).
+
+        With two groups and the order ABBA each group serves each side once.
+        """
+        if not self.groups:
+            return tuple(((leg, side, ""),) for leg, side in enumerate(self.sides, start=1))
+        legs = [(leg, side, self.groups[(leg - 1) % 2]) for leg, side in enumerate(self.sides, start=1)]
+        return tuple(tuple(legs[first : first + 2]) for first in range(0, len(legs), 2))
+
+    def to_warm(self, point: Point) -> Point:
+        """The point whose load warms up for this one."""
+        if self.warm_each == LOAD:
+            return point
+        return max((one for one in self.points if one.case == point.case), key=lambda one: one.concurrency or 0)
+
+    @property
     def served_name(self) -> str:
         """The name that requests give the model."""
         return value_of(self.serve_flags, "--served-model-name") or "bench"
-
-
-def make_points(
-    bench_flags: Sequence[str], concurrency: Optional[str], request_rate: Optional[str], cases: Optional[Path]
-) -> tuple[Point, ...]:
-    """The points of the options, or of a file of cases.
-
-    Args:
-        bench_flags: flags of `vllm bench serve`, for all cases.
-        concurrency: comma-separated; request_rate: likewise. Every rate is measured at every concurrency.
-        cases: a TOML file of `[[case]]` tables with name, flags, concurrency and request_rate.
-
-    Raises:
-        UserError: a value is wrong.
-    """
-    if cases is not None:
-        if concurrency or request_rate:
-            raise UserError(f"--cases {cases} has the loads in it; leave --concurrency and --request-rate out.")
-        points = tuple(point for table in _tables(cases) for point in _points_of(table, bench_flags, cases))
-    else:
-        points = _product(
-            value_of(bench_flags, "--dataset-name") or "random",
-            tuple(bench_flags),
-            [_number(text, "--concurrency", int, 1) for text in concurrency.split(",")] if concurrency else [],
-            [_number(text, "--request-rate", float, 0) for text in request_rate.split(",")] if request_rate else [],
-        )
-    for point in points:
-        check_bench_flags(point.flags)
-        _ = point.prompts, point.seed
-    labels = [point.label for point in points]
-    for label in labels:
-        if labels.count(label) > 1:
-            raise UserError(f"The case {label!r} is there {labels.count(label)} times; give each a name or load of its own.")
-    return points
 
 
 def check_model_and_flags(model: str, serve_flags: Sequence[str]) -> None:
@@ -178,51 +167,43 @@ def _has(flags: Sequence[str], name: str) -> bool:
     return any(flag == name or flag.startswith(f"{name}=") for flag in flags)
 
 
-def _tables(cases: Path) -> list[dict[str, Any]]:
+def make_groups(text: Optional[str]) -> tuple[str, ...]:
+    """``0-3,4-7`` as values of CUDA_VISIBLE_DEVICES: ``("0,1,2,3", "4,5,6,7")``. ``+`` joins cards that are not in a row.
+
+    Raises:
+        UserError: these are not two groups of different cards.
+    """
+    if text is None:
+        return ()
+    groups = []
+    for group in text.split(","):
+        cards: list[int] = []
+        for part in group.split("+"):
+            first, _, last = part.partition("-")
+            if not first.isdigit() or not (last or first).isdigit() or int(last or first) < int(first):
+                raise UserError(f"--groups has {part!r}; give two groups of card numbers, such as 0-3,4-7 or 0+2,1+3.")
+            cards += range(int(first), int(last or first) + 1)
+        groups.append(cards)
+    everything = [card for cards in groups for card in cards]
+    if len(groups) != 2 or len(set(everything)) != len(everything):
+        raise UserError(f"--groups is {text!r}; give two groups of different cards, such as 0-3,4-7.")
+    if len(groups[0]) != len(groups[1]):
+        raise UserError(f"--groups {text} has {len(groups[0])} and {len(groups[1])} cards; give both sides as many.")
+    return tuple(",".join(map(str, cards)) for cards in groups)
+
+
+def number(value: Any, name: str, kind: type, least: int) -> Any:
+    """`value` as an int or a float from `least` on, where a float is above 0.
+
+    Raises:
+        UserError: it is not; the message has `name`.
+    """
     try:
-        read = tomllib.loads(cases.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"--cases {cases} cannot be read: {error}. Give a TOML file of [[case]] tables.") from None
-    tables = read.get("case")
-    if not isinstance(tables, list) or not tables or set(read) != {"case"}:
-        raise UserError(f"--cases {cases} must hold [[case]] tables and nothing else; it holds {', '.join(read) or 'nothing'}.")
-    return tables
-
-
-def _points_of(table: dict[str, Any], bench_flags: Sequence[str], cases: Path) -> tuple[Point, ...]:
-    unknown = set(table) - _KEYS
-    if unknown:
-        raise UserError(f"{cases}: a case has the key {min(unknown)!r}; known keys are {', '.join(sorted(_KEYS))}.")
-    name, flags = table.get("name"), table.get("flags", "")
-    if not isinstance(name, str) or not name:
-        raise UserError(f"{cases}: a case has the name {name!r}; give each a name of its own.")
-    if isinstance(flags, str):
-        flags = shlex.split(flags)
-    return _product(
-        name,
-        (*bench_flags, *map(str, flags)),
-        [_number(value, f"{cases}: concurrency of {name}", int, 1) for value in _listed(table.get("concurrency"))],
-        [_number(value, f"{cases}: request_rate of {name}", float, 0) for value in _listed(table.get("request_rate"))],
-    )
-
-
-def _listed(value: Any) -> list[Any]:
-    return [] if value is None else value if isinstance(value, list) else [value]
-
-
-def _product(case: str, flags: tuple[str, ...], levels: Sequence[Any], rates: Sequence[Any]) -> tuple[Point, ...]:
-    if not levels and not rates:
-        levels = [1]
-    return tuple(Point(case, flags, level, rate) for level in levels or [None] for rate in rates or [None])
-
-
-def _number(value: Any, name: str, kind: type, least: int) -> Any:
-    try:
-        number = kind(str(value))
+        read = kind(str(value))
     except ValueError:
-        number = -1
-    zero = number == 0 and kind is float  # a rate
-    if not least <= number < 1_000_000 or zero:
+        read = -1
+    zero = read == 0 and kind is float  # a rate
+    if not least <= read < 1_000_000 or zero:
         wanted = "a whole number from 0 on" if kind is int and least == 0 else "numbers above 0, such as 1,4,16"
         raise UserError(f"{name} is {value!r}; give {wanted}.")
-    return number
+    return read

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from typing import Any, Optional
 
 from ...errors import UserError
@@ -21,8 +22,8 @@ NAMES = {
 }
 _COLOURS = {UPSTREAM: "#8a8f98", PATCHED: "#0b6bcb"}
 _WIDTHS = {UPSTREAM: 3.5, PATCHED: 1.5}  # so that neither hides the other where they are alike
-_VERDICTS = {"better": "#2e8b57", "worse": "#c0392b", "": "#9aa5b1"}
-_STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10, "svg.fonttype": "none"}
+VERDICTS = {"better": "#2e8b57", "worse": "#c0392b", "": "#9aa5b1"}
+STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10, "svg.fonttype": "none"}
 
 
 def name_of(metric: str) -> str:
@@ -38,11 +39,15 @@ def more_is_better(metric: str) -> bool:
     return metric.endswith("throughput") or metric == "kv_cache_tokens"
 
 
-def verdict(row: dict[str, Any]) -> str:
-    """``better`` or ``worse``; empty where the runs do not tell: one run a side, or a spread that goes over 1."""
-    if min(row["upstream_runs"], row["patched_runs"]) < 2 or row["ratio_low"] <= 1 <= row["ratio_high"]:
+def verdict(row: Mapping[str, Any]) -> str:
+    """``better`` or ``worse``; empty where the runs do not tell: one run a side, or a spread that goes over 1.
+
+    Rows of the MoE layer have no metric: their ratio is upstream ÷ ours, and their spread is over rounds.
+    """
+    few = "upstream_runs" in row and min(row["upstream_runs"], row["patched_runs"]) < 2
+    if few or row["ratio_low"] <= 1 <= row["ratio_high"]:
         return ""
-    return "better" if (row["ratio"] > 1) == more_is_better(row["metric"]) else "worse"
+    return "better" if (row["ratio"] > 1) == more_is_better(row.get("metric", "throughput")) else "worse"
 
 
 def ratio_bars(result: dict[str, Any]) -> Optional[bytes]:
@@ -50,9 +55,9 @@ def ratio_bars(result: dict[str, Any]) -> Optional[bytes]:
     rows = [row for row in result["rows"] if row["metric"] in RATIOS and row["ratio"]]
     if not rows:
         return None
-    plt = _pyplot()
+    plt = pyplot()
     labels = list(dict.fromkeys(map(label_of, rows)))
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, panels = plt.subplots(
             1, len(RATIOS), figsize=(11, 1.3 + 0.32 * len(labels)), sharey=True, layout="constrained", squeeze=False
         )
@@ -68,12 +73,12 @@ def ratio_bars(result: dict[str, Any]) -> Optional[bytes]:
             panel.set_xlim(0, 1.25 * max([1.0, *(row["ratio_high"] for row in mine.values())]))
             panel.set_title(f"{name_of(metric)}\n({'more' if more_is_better(metric) else 'less'} is better)")
         figure.supxlabel("patched ÷ upstream; the thin line is the spread over the runs", fontsize=9)
-        return _png(plt, figure)
+        return png(plt, figure)
 
 
 def _bar(panel: Any, place: int, row: dict[str, Any]) -> None:
     ratio, low, high = row["ratio"], row["ratio_low"], row["ratio_high"]
-    panel.barh(place, ratio, height=0.62, color=_VERDICTS[verdict(row)])
+    panel.barh(place, ratio, height=0.62, color=VERDICTS[verdict(row)])
     panel.plot([low, high], [place, place], color="black", linewidth=1)
     panel.annotate(
         f"{ratio:.2f}", (max(ratio, high), place), xytext=(3, 0), textcoords="offset points", va="center", annotation_clip=False
@@ -93,10 +98,14 @@ def latency_curves(result: dict[str, Any]) -> dict[str, bytes]:
 
 
 def _curves(rows: list[dict[str, Any]], case: str, load: str, title: str) -> bytes:
-    plt = _pyplot()
-    with plt.rc_context(_STYLE):
-        figure, panels = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-        for panel, latency in zip(panels, ("ttft", "tpot")):
+    plt = pyplot()
+    with plt.rc_context(STYLE):
+        there = [name for name in ("ttft", "tpot") if any(row["metric"].endswith(f"_{name}_ms") for row in rows)]
+        figure, grid = plt.subplots(
+            1, max(1, len(there)), figsize=(4.5 * max(1, len(there)), 3.2), layout="constrained", squeeze=False
+        )
+        panels = grid[0]
+        for panel, latency in zip(panels, there):
             for side in (UPSTREAM, PATCHED):
                 for statistic, line in (("median", "-"), ("p99", ":")):
                     metric = f"{statistic}_{latency}_ms"
@@ -114,17 +123,23 @@ def _curves(rows: list[dict[str, Any]], case: str, load: str, title: str) -> byt
             panel.set_ylabel(f"{latency.upper()}, ms")
         panels[0].legend(frameon=False, fontsize=8)
         figure.suptitle(case, fontsize=10)
-        return _png(plt, figure)
+        return png(plt, figure)
 
 
-def _png(plt: Any, figure: Any) -> bytes:
+def png(plt: Any, figure: Any) -> bytes:
+    """The figure as PNG; it is closed."""
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=150)
     plt.close(figure)
     return drawn.getvalue()
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib's pyplot, drawing into memory.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
     try:
         import matplotlib
     except ImportError:

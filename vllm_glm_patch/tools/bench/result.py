@@ -1,110 +1,19 @@
-"""The result file of `bench serve`: its schema, its rows, and how it is written and read."""
+"""The rows of `bench serve`: medians of both sides for each case, load and metric, and their ratio."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
 
-from ...errors import UserError
+from . import schema
 from .client import METRICS
 from .plan import PATCHED, UPSTREAM
+from .schema import LOAD, OK
 
-NAME = "serve.json"
-VERSION = 1
-OK, FAILED, DIED = "ok", "requests failed", "server died"
 SERVER_METRICS = ("startup_s", "kv_cache_tokens", "peak_memory_mib")
-
-_TEXT, _NUMBER = {"type": "string"}, {"type": ["number", "null"]}
-_SIDE = {"enum": [UPSTREAM, PATCHED]}
-_COUNT = {"type": ["integer", "null"], "minimum": 0}
-_LOAD = {"case": _TEXT, "concurrency": _COUNT, "request_rate": _NUMBER}
-
-
-def _table(**properties: Any) -> dict[str, Any]:
-    return {"type": "object", "required": list(properties), "properties": properties, "additionalProperties": False}
-
-
-def _list(of: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "array", "items": of}
-
-
-_DEATH = {
-    "anyOf": [
-        {"type": "null"},
-        _table(error=_TEXT, patch={"type": ["string", "null"]}, exit_code={"type": ["integer", "null"]}),
-    ]
-}
-SCHEMA: dict[str, Any] = {
-    "$schema": "https://json-schema.org/draft/2020-12/schema",
-    "title": "vllm-glm-patch bench serve",
-    **_table(
-        kind={"const": "bench serve"},
-        schema_version={"const": VERSION},
-        started=_TEXT,
-        finished={"type": ["string", "null"]},
-        complete={"type": "boolean"},
-        machine={
-            "type": "object",
-            "required": ["cpu", "python", "vllm", "vllm_glm_patch"],
-            "additionalProperties": _TEXT,
-        },
-        plan=_table(
-            model=_TEXT,
-            serve_flags=_list(_TEXT),
-            order=_TEXT,
-            repeats={"type": "integer", "minimum": 1},
-            warmups={"type": "integer", "minimum": 0},
-            points=_list(_table(**_LOAD, flags=_list(_TEXT))),
-        ),
-        servers=_list(
-            _table(
-                leg={"type": "integer"},
-                side=_SIDE,
-                status={"enum": ["ended", "died", "did not start"]},
-                startup_s=_NUMBER,
-                kv_cache_tokens=_COUNT,
-                peak_memory_mib=_NUMBER,
-                memory_source=_TEXT,
-                death=_DEATH,
-                log=_TEXT,
-            )
-        ),
-        runs=_list(
-            _table(
-                leg={"type": "integer"},
-                side=_SIDE,
-                **_LOAD,
-                repeat={"type": "integer", "minimum": 1},
-                seed={"type": "integer"},
-                status={"enum": [OK, FAILED, DIED]},
-                requested={"type": "integer", "minimum": 1},
-                completed=_COUNT,
-                metrics={"type": "object", "additionalProperties": {"type": "number"}},
-                file=_TEXT,
-            )
-        ),
-        findings=_list(_TEXT),
-        rows=_list(
-            _table(
-                vllm=_TEXT,
-                **_LOAD,
-                metric=_TEXT,
-                upstream=_NUMBER,
-                patched=_NUMBER,
-                ratio=_NUMBER,
-                ratio_low=_NUMBER,
-                ratio_high=_NUMBER,
-                upstream_runs={"type": "integer"},
-                patched_runs={"type": "integer"},
-            )
-        ),
-    ),
-}
 
 
 def make_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -116,8 +25,8 @@ def make_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
     version = result["machine"]["vllm"]
     rows = []
     for point in result["plan"]["points"]:
-        load = {name: point[name] for name in _LOAD}
-        there = [run for run in result["runs"] if run["status"] == OK and all(run[name] == load[name] for name in _LOAD)]
+        load = {name: point[name] for name in LOAD}
+        there = [run for run in result["runs"] if run["status"] == OK and all(run[name] == load[name] for name in LOAD)]
         for metric in METRICS:
             values = {
                 side: [r["metrics"][metric] for r in there if r["side"] == side and metric in r["metrics"]]
@@ -156,48 +65,9 @@ def _rounded(value: float) -> Optional[float]:
 
 
 def write(result: dict[str, Any], file: Path) -> None:
-    """Fill in the rows, validate, and put the file in place at once, so that there is a whole one at any time."""
+    """Fill in the rows, validate, and put the file in place."""
     result["rows"] = make_rows(result)
-    problem = problem_of(result)
-    assert problem is None, problem
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(file)
-
-
-def read(place: Path) -> dict[str, Any]:
-    """A result file, or the one in a folder.
-
-    Raises:
-        UserError: there is none, or it is not as the schema says.
-    """
-    file = place / NAME if place.is_dir() else place
-    try:
-        result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"There is no {file}; give a folder that `bench serve --out` wrote, or its {NAME}.") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read: {error}. Give a {NAME} that `bench serve` wrote.") from None
-    if isinstance(result, dict) and result.get("schema_version", VERSION) != VERSION:
-        raise UserError(
-            f"{file} has schema_version {result['schema_version']!r}; this release reads {VERSION}. "
-            "Use the release that wrote it."
-        )
-    problem = problem_of(result)
-    if problem:
-        raise UserError(f"{file} is not a result of `bench serve`: {problem}. Give one that was not edited.")
-    return result
-
-
-def problem_of(result: Any) -> Optional[str]:
-    """Where and how a result departs from the schema; None where it does not."""
-    from jsonschema import Draft202012Validator
-
-    for error in Draft202012Validator(SCHEMA).iter_errors(result):
-        where = "/".join(map(str, error.absolute_path)) or "the top"
-        return f"at {where}: {error.message[:200]}"
-    return None
+    schema.write(result, file)
 
 
 def label_of(item: dict[str, Any]) -> str:

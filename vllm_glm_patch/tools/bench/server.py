@@ -7,16 +7,16 @@ import re
 import socket
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
 from ...fence.diagnose import diagnose
 from ..diagnose import of_its_version, signatures
+from ..processes import Session, check_interrupted
 from .memory import MemoryWatch
 from .plan import PATCHED, Plan
-from .processes import Group
 
 _KV_CACHE = re.compile(r"KV cache size: ([\d,]+) tokens")
 _VERSION = re.compile(r"(?:API server|[▀▄█] *) version (\d+\.\d+\.\d+\S*)")  # older releases, newer ones
@@ -49,19 +49,26 @@ class Death:
 class BenchServer:
     """A running server of one side. Use it in a `with` statement."""
 
-    def __init__(self, vllm: str, plan: Plan, side: str, log: Path) -> None:
+    def __init__(self, vllm: Sequence[str], plan: Plan, side: str, log: Path, cards: str = "") -> None:
+        """Start it.
+
+        Args:
+            vllm: the command `vllm`.
+            cards: CUDA_VISIBLE_DEVICES for it; empty: as in the environment.
+        """
         self.side = side
         self.port = _free_port()
         self.startup_s: Optional[float] = None
-        self.memory = MemoryWatch()
+        self.memory = MemoryWatch(cards)
         self._limit = plan.start_limit
         where = ["--host", "127.0.0.1", "--port", str(self.port)]
         if plan.served_name not in plan.serve_flags:
             where += ["--served-model-name", plan.served_name]
         environment = {**os.environ, "VLLM_GLM_PATCH": "1" if side == PATCHED else "0"}
+        environment |= {"CUDA_VISIBLE_DEVICES": cards} if cards else {}
         self._started = time.monotonic()
-        self.group = Group([vllm, "serve", plan.model, *where, *plan.serve_flags], log, environment)
-        self.memory.follow(self.group)
+        self.session = Session([*vllm, "serve", plan.model, *where, *plan.serve_flags], log, environment)
+        self.memory.follow(self.session)
 
     def __enter__(self) -> BenchServer:
         self.memory.__enter__()
@@ -69,13 +76,14 @@ class BenchServer:
 
     def __exit__(self, *exception: object) -> None:
         self.memory.__exit__(None, None, None)
-        self.group.stop()
+        self.session.stop()
 
     def wait_until_ready(self, while_waiting: Callable[[], None] = lambda: None) -> bool:
         """Wait until it takes requests; False where it ended or took too long instead."""
         while not self.is_well():
-            if self.group.exit_code() is not None or time.monotonic() - self._started > self._limit:
+            if self.session.exit_code() is not None or time.monotonic() - self._started > self._limit:
                 return False
+            check_interrupted()
             while_waiting()
             time.sleep(_POLL)
         self.startup_s = round(time.monotonic() - self._started, 2)
@@ -92,7 +100,7 @@ class BenchServer:
     def has_died(self) -> bool:
         """Whether it ends, or is not well, within some seconds."""
         deadline = time.monotonic() + _DYING
-        while self.group.exit_code() is None and self.is_well():
+        while self.session.exit_code() is None and self.is_well():
             if time.monotonic() > deadline:
                 return False
             time.sleep(_POLL)
@@ -100,21 +108,21 @@ class BenchServer:
 
     def death(self) -> Death:
         """What its log says of its end."""
-        return read_death(self.group.log, self.group.exit_code())
+        return read_death(self.session.log, self.session.exit_code())
 
     def kv_cache_tokens(self) -> Optional[int]:
         """The size of its KV cache as its log says; None where it does not."""
-        found = _KV_CACHE.findall(self.group.log_text())
+        found = _KV_CACHE.findall(self.session.log_text())
         return int(found[-1].replace(",", "")) if found else None
 
     def vllm_version(self) -> Optional[str]:
         """As its log says; None where it does not."""
-        found = _VERSION.search(self.group.log_text())
+        found = _VERSION.search(self.session.log_text())
         return found.group(1) if found else None
 
     def has_table(self) -> bool:
         """Whether its log has the table of patches, so that the plugin ran in it."""
-        return "vllm-glm-patch " in self.group.log_text()
+        return "vllm-glm-patch " in self.session.log_text()
 
 
 def read_death(log: Path, exit_code: Optional[int]) -> Death:

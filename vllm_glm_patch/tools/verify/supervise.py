@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from ...errors import UserError
-from ..bench.processes import Group
+from ..processes import Session
 from . import journal
 from .child import AGAIN, REFUSED, Job, bury, how
 from .journal import ALL, FAULT, WRONG, State
@@ -61,10 +61,10 @@ def supervise(job: Job, folder: Path, show: Show) -> tuple[State, bool]:
 def _once(job: Job, command: list[str], log: Path, reader: journal.Reader, show: Show) -> bool:
     """One child from start to end; whether the run is over."""
     before = len(reader.state.rows)
-    group = Group(command, log, _environment())
+    session = Session(command, log, _environment())
     late = False
     try:
-        while (code := group.exit_code()) is None:
+        while (code := session.exit_code()) is None:
             if reader.read():
                 show.update(reader.state)
             late = time.monotonic() > job.stop_at + _GRACE
@@ -72,7 +72,7 @@ def _once(job: Job, command: list[str], log: Path, reader: journal.Reader, show:
                 break
             time.sleep(0.05)
     finally:
-        group.stop()
+        session.stop()
     reader.read()
     show.update(reader.state)
     if late:  # a worker that hangs past the end of the run
@@ -83,7 +83,7 @@ def _once(job: Job, command: list[str], log: Path, reader: journal.Reader, show:
     buried = bury(Path(job.journal), how(code or 0, False, 0)) if code != AGAIN else None
     reader.read()
     if buried is None and len(reader.state.rows) == before:
-        raise UserError(f"The process that runs the kernels left with code {code}. It said:\n{group.last_lines()}")
+        raise UserError(f"The process that runs the kernels left with code {code}. It said:\n{session.last_lines()}")
     return False
 
 
