@@ -19,7 +19,7 @@ CSRC = ROOT / "csrc/hopper"
 HOST_SOURCES = sorted((CSRC / "host").glob("*.cpp"))
 NATIVE = Path(__file__).parent / "native"
 # As CMakeLists.txt builds it; names and warnings are checked there.
-LIBRARY_FLAGS = ("-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti")
+LIBRARY_FLAGS = ("-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-include", str(ROOT / "csrc/portable.h"))
 
 
 def compile_cpp(out: Path, sources: list[Path], *flags: str) -> Path:

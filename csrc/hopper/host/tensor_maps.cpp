@@ -2,6 +2,7 @@
 #include "tensor_maps.h"
 
 #include <cstdio>
+#include <cstring>
 
 namespace glm_hopper {
 namespace {
@@ -99,17 +100,16 @@ Result TensorMaps::get(const Driver& driver, const MapKey& key, TensorMap* out, 
   if (known != found_.end()) {
     ++hits_;
     entries_.splice(entries_.begin(), entries_, known->second);
-    *out = known->second->map;
+    std::memcpy(out, known->second->map, sizeof(*out));
     return kSuccess;
   }
   ++misses_;
-  Entry entry{key, {}};
-  const Result result = encode(driver, key, &entry.map, error);
+  const Result result = encode(driver, key, out, error);
   if (result != kSuccess) return result;
-  entries_.push_front(entry);
+  entries_.push_front({key, {}});
+  std::memcpy(entries_.front().map, out, sizeof(*out));
   found_[key] = entries_.begin();
   shrink();
-  *out = entry.map;
   return kSuccess;
 }
 

@@ -33,7 +33,7 @@ class TensorMaps {
  private:
   struct Entry {
     MapKey key;
-    TensorMap map;
+    unsigned char map[sizeof(TensorMap)];  // bytes: nodes of more than usual alignment would ask for a newer libstdc++
   };
   void shrink();
 
