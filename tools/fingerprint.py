@@ -34,7 +34,11 @@ def main() -> int:
     wanted = arguments.versions or list(files)
     for version in wanted:
         if version not in files:
-            parser.error(f"vLLM {version} is not published; published are {', '.join(files)}")
+            newest = list(files)[-1]
+            parser.error(
+                f"vLLM {version} is not published, the newest is {newest}; nothing was read or changed. "
+                f"Name one of {', '.join(files)}."
+            )
     with ThreadPoolExecutor(4) as pool:
         folders = dict(zip(wanted, pool.map(lambda v: published.fetch(v, files[v], arguments.cache), wanted)))
     try:

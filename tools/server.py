@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import socket
 import sys
 import time
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,8 @@ MAX_MODEL_LEN = 20480  # 16384 tokens and their answer
 _TEXT_TOKENS = (*range(32, 127), *range(256, 900))  # printable characters and words of the tiny model's 1024
 START_LIMIT = 420.0  # seconds; an unhurried start takes 40
 _ANSWER_LIMIT = 240.0
-_FLAGS = ("--enforce-eager", "--enable-chunked-prefill", "--max-num-batched-tokens", str(BUDGET))
+FLAGS = ("--enforce-eager", "--enable-chunked-prefill", "--max-num-batched-tokens", str(BUDGET))
+"""The flags of the report this project answers, and no compilation, which is slow on a CPU."""
 _NOT_INHERITED = ("VLLM_GLM_PATCH", "_GLM_PATCH", "TRITON_INTERPRET")  # our own switches, and one of the tests
 _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -58,10 +61,11 @@ class Server:
         model: Path,
         folder: Path,
         *,
-        flags: Sequence[str] = _FLAGS,
+        flags: Sequence[str] = FLAGS,
         more_flags: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
         python_path: Sequence[Path] = (),
+        python: Path = Path(sys.executable),
     ) -> None:
         """Start it; `wait_until_ready` says when it can be asked.
 
@@ -72,6 +76,7 @@ class Server:
             more_flags: flags after those.
             environment: variables in addition to those a CPU server needs.
             python_path: folders whose modules go before the installed ones.
+            python: the Python whose vLLM serves.
         """
         self.log = folder / "server.log"
         self._record = folder / "steps.jsonl"
@@ -89,7 +94,7 @@ class Server:
         }
         self._port = _free_port()
         where = ("--host", "127.0.0.1", "--port", str(self._port), "--served-model-name", "glm")
-        vllm = Path(sys.executable).parent / "vllm"
+        vllm = python.parent / "vllm"
         command: list[str | Path] = [vllm, "serve", model, *where, "--max-model-len", str(MAX_MODEL_LEN), *flags, *more_flags]
         self._session = Session(command, self.log, variables, folder)
         self._asked = 0
@@ -213,13 +218,13 @@ def varied_prompt(tokens: int, seed: int = 0) -> list[int]:
     return random.Random(f"{seed}/{tokens}").choices(_TEXT_TOKENS, k=tokens)
 
 
-def write_tiny_model(out: Path, log: Path) -> None:
-    """Make the model that is served, with the command of this package.
+def write_tiny_model(out: Path, log: Path, python: Path = Path(sys.executable)) -> None:
+    """Make the model that is served, with the command of this package in the environment of `python`.
 
     Raises:
         ServerFailed: it could not be made.
     """
-    command: list[str | Path] = [Path(sys.executable).parent / "vllm-glm-patch", "model", out, "--preset", "tiny"]
+    command: list[str | Path] = [python.parent / "vllm-glm-patch", "model", out, "--preset", "tiny"]
     session = Session(command, log, folder=out.parent)
     try:
         code = session.wait()
@@ -229,6 +234,29 @@ def write_tiny_model(out: Path, log: Path) -> None:
         raise ServerFailed(f"`vllm-glm-patch model` ended with exit code {code}. The end of {log}:\n{session.last_lines(25)}")
 
 
+def in_words(length: int, steps: Sequence[int]) -> str:
+    """The steps of one prompt: «8192 + 1, then 3 × 1» for a prompt of 8193 tokens and steps of 8192, 1, 1, 1, 1."""
+    sums = list(accumulate(steps))
+    if length not in sums:
+        return f"{', '.join(map(str, steps))} (they do not add up to the prompt)"
+    count = sums.index(length) + 1
+    rest = len(steps) - count
+    return " + ".join(map(str, steps[:count])) + (f", then {rest} × 1" if rest else "")
+
+
+def patch_table(log: str) -> tuple[str, list[tuple[str, str, str]]]:
+    """The table that the plugin wrote into the log of a server: its title, and id, state and reason of each patch.
+
+    Raises:
+        ServerFailed: there is none.
+    """
+    found = re.search(rf"(vllm-glm-patch \S+ on vLLM .*)((?:\n.*?  [a-z-]+ +(?:{_STATES})\b.*)+)", log)
+    if found is None:
+        raise ServerFailed("The log of the server holds no table of patches: the plugin did not run.")
+    return found[1], [row.groups() for row in re.finditer(rf"  ([a-z-]+) +({_STATES}) *(.*)", found[2])]  # type: ignore[misc]
+
+
+_STATES = "applied|not needed|switched off|refused|not in this release"
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy has no business between us
 
 

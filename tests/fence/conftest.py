@@ -22,7 +22,8 @@ PAGE = 2 << 20  # the mock's granularity, and that of real cards
 def compile_cpp(out: Path, sources: list[Path], *flags: str) -> Path:
     if shutil.which("g++") is None:
         pytest.skip("no g++ to build the allocator with")
-    command = ["g++", "-std=c++17", f"-I{ROOT / 'csrc/fence'}", *flags, *map(str, sources), "-o", str(out), "-ldl", "-lpthread"]
+    as_shipped = ["-std=c++17", "-include", str(ROOT / "csrc/portable.h"), f"-I{ROOT / 'csrc/fence'}"]
+    command = ["g++", *as_shipped, *flags, *map(str, sources), "-o", str(out), "-ldl", "-lpthread"]
     subprocess.run(command, check=True)
     return out
 

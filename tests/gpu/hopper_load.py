@@ -172,10 +172,13 @@ def graph() -> dict[str, Any]:
 
 def nvrtc_child(go: str, path: str) -> dict[str, Any]:
     """One of 8: the kernels compiled by torch's NVRTC or the one named, out of the shared cache, loaded and right."""
+    import torch
+
     from vllm_glm_patch.moe.hopper import cache, library
     from vllm_glm_patch.moe.hopper.native import Native
     from vllm_glm_patch.moe.hopper.nvrtc import Nvrtc, find
 
+    torch.zeros(1, device="cuda")
     nvrtc, native, made = Nvrtc(path) if path else find(), Native(), []
     compile_one = nvrtc.compile
 
@@ -184,6 +187,7 @@ def nvrtc_child(go: str, path: str) -> dict[str, Any]:
         return compile_one(name, *rest)
 
     nvrtc.compile = counted  # type: ignore[method-assign]
+    print("ready", flush=True)
     while not Path(go).exists():
         time.sleep(0.001)
     begin = time.perf_counter()
@@ -203,11 +207,19 @@ def nvrtc_for_eight(path: str = "") -> dict[str, Any]:
             command = [sys.executable, __file__, "--nvrtc-child", go, path]
             return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
 
+        def answer(worker: subprocess.Popen[str]) -> dict[str, Any]:
+            said = worker.communicate()[0]
+            if worker.returncode:
+                raise AssertionError(f"a worker ended with {worker.returncode}; its error is above")
+            return json.loads(said.splitlines()[-1])
+
         workers = [start(f"{folder}/go") for _ in range(8)]
-        time.sleep(20)  # torch is imported by all
+        for worker in workers:
+            assert worker.stdout is not None
+            worker.stdout.readline()  # «ready»: torch is imported, the card is taken
         Path(folder, "go").touch()
-        answers = [json.loads(worker.communicate()[0]) for worker in workers]
-        again = json.loads(start(f"{folder}/go").communicate()[0])
+        answers = [answer(worker) for worker in workers]
+        again = answer(start(f"{folder}/go"))
     compiled = [answer["compiled"] for answer in answers]
     if sorted(compiled)[:-1] != [0] * 7 or max(compiled) == 0 or again["compiled"]:
         raise AssertionError(f"sources compiled by each of 8 processes: {compiled}, by a later one: {again['compiled']}")

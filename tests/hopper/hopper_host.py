@@ -19,7 +19,7 @@ CSRC = ROOT / "csrc/hopper"
 HOST_SOURCES = sorted((CSRC / "host").glob("*.cpp"))
 NATIVE = Path(__file__).parent / "native"
 # As CMakeLists.txt builds it; names and warnings are checked there.
-LIBRARY_FLAGS = ("-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti")
+LIBRARY_FLAGS = ("-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-include", str(ROOT / "csrc/portable.h"))
 
 
 def compile_cpp(out: Path, sources: list[Path], *flags: str) -> Path:
@@ -128,10 +128,14 @@ class Launch:
 
     number = pointer
 
+    def promotion(self, index: int) -> int:
+        """Bytes that L2 fetches at once for a map."""
+        return {2: 128, 3: 256}[self.arguments[index][9]]
+
     def tensor_map(self, index: int) -> dict[str, Any]:
         """What the mock driver made the map of."""
         words = [int.from_bytes(self.arguments[index][8 * i : 8 * i + 8], "little") for i in range(16)]
-        rank = words[1]
+        rank = words[1] & 0xFF
         return {
             "base": words[0],
             "dims": words[2 : 2 + rank],

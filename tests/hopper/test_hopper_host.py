@@ -213,6 +213,14 @@ def test_one_weight_may_have_two_kinds_of_maps(native: Native, mock: Mock) -> No
     assert rows["dims"] != interleaved["dims"]
 
 
+def test_l2_may_fetch_more_of_the_weights_at_once_and_only_of_them(native: Native, mock: Mock) -> None:
+    usual = run(native, "glm_gemm2_sum_n128", mock)
+    assert [usual.promotion(0), usual.promotion(1)] == [128, 128]
+    more = run(native, "glm_gemm2_sum_n128", mock, weight_promotion=256)
+    assert [more.promotion(0), more.promotion(1)] == [128, 256]
+    assert more.tensor_map(1) == usual.tensor_map(1)
+
+
 def test_the_least_recently_used_map_goes_first(native: Native, mock: Mock) -> None:
     native.cache_resize(2)
     first, second, third = 0x10000000, 0x20000000, 0x30000000
@@ -451,8 +459,9 @@ def test_the_library_needs_no_new_glibc_and_neither_python_torch_nor_cuda(built:
     needed = subprocess.run(["objdump", "-p", built[0]], capture_output=True, text=True, check=True).stdout
     libraries = set(re.findall(r"NEEDED +(\S+)", needed))
     assert libraries <= {"libstdc++.so.6", "libm.so.6", "libgcc_s.so.1", "libc.so.6", "ld-linux-x86-64.so.2"}
-    versions = {tuple(map(int, found.split("."))) for found in re.findall(r"GLIBC_([0-9.]+)", needed)}
-    assert max(versions) <= (2, 17), "manylinux2014's glibc"
+    for library, newest in {"GLIBC": (2, 24), "GLIBCXX": (3, 4, 22), "CXXABI": (1, 3, 9)}.items():  # of manylinux_2_24
+        versions = {tuple(map(int, found.split("."))) for found in re.findall(rf"\b{library}_([0-9.]+)", needed)}
+        assert max(versions) <= newest, library
     exported = subprocess.run(["objdump", "-T", built[0]], capture_output=True, text=True, check=True).stdout
     ours = {line.split()[-1] for line in exported.splitlines() if " .text" in line and " w " not in line}
     declared = set(re.findall(r"\b(glm_hopper_\w+)\(", (CSRC / "host/glm_hopper.h").read_text()))

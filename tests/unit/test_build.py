@@ -1,7 +1,10 @@
-"""The wheel: what it holds, and that setup.py drives CMake and ninja for a native part."""
+"""The wheel: what it holds, where it can be used, and that setup.py drives CMake and ninja for a native part."""
 
 from __future__ import annotations
 
+import ast
+import importlib.util
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +17,22 @@ ROOT = Path(__file__).parents[2]
 PART = """
 add_library(example SHARED example.cpp)
 install(TARGETS example LIBRARY DESTINATION example)
+"""
+
+# A new compiler and a new glibc give each of these a version of its own: dlopen, shared_ptr, and a vector that grows.
+NEEDS_NEW_SYMBOLS = """
+#include <dlfcn.h>
+
+#include <memory>
+#include <vector>
+
+extern "C" int answer() {
+    std::vector<std::shared_ptr<void>> handles;
+    for (int i = 0; i < 3; ++i) {
+        handles.emplace_back(dlopen(nullptr, RTLD_NOW), [](void* handle) { dlclose(handle); });
+    }
+    return dlsym(handles.back().get(), "malloc") != nullptr && dlerror() == nullptr ? 42 : 0;
+}
 """
 
 
@@ -36,8 +55,9 @@ def tree(tmp_path: Path) -> Path:
     for name in ("vllm_glm_patch", "patches"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     (copy / "csrc" / "example").mkdir(parents=True)
+    shutil.copy(ROOT / "csrc" / "portable.h", copy / "csrc")
     (copy / "csrc" / "example" / "CMakeLists.txt").write_text(PART)
-    (copy / "csrc" / "example" / "example.cpp").write_text('extern "C" int answer() { return 42; }\n')
+    (copy / "csrc" / "example" / "example.cpp").write_text(NEEDS_NEW_SYMBOLS)
     return copy
 
 
@@ -56,6 +76,49 @@ def test_the_wheel_holds_the_catalog_the_native_part_and_the_entry_points(tree: 
     needs = [line for line in metadata.splitlines() if line.startswith("Requires-Dist:") and "extra ==" not in line]
     assert not [line for line in needs if line.split()[1].startswith(("vllm", "torch", "triton"))], needs
     assert "License-Expression: Apache-2.0" in metadata
+    assert "Requires-Python: >=3.9" in metadata.splitlines()
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump of binutils")
+def test_a_native_part_asks_for_no_newer_system_than_torch_does_and_works(tree: Path) -> None:
+    wheel = build(tree, "wheel")
+    with zipfile.ZipFile(wheel) as archive:
+        library = archive.extract("vllm_glm_patch/example/libexample.so", tree)
+    symbols = subprocess.run(["objdump", "-T", library], capture_output=True, text=True, check=True).stdout
+    asked = re.findall(r"\*UND\*.*\((GLIBC|GLIBCXX|CXXABI)_([0-9.]+)\)", symbols)
+    newest = {name: max(tuple(map(int, v.split("."))) for n, v in asked if n == name) for name, _ in asked}
+    limits = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 25), "CXXABI": (1, 3, 11)}  # manylinux_2_28: glibc 2.28, GCC 8
+    assert asked
+    assert not {name: version for name, version in newest.items() if version > limits[name]}
+    code = f"import ctypes; print(ctypes.CDLL({library!r}).answer())"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "42\n"
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "vllm_glm_patch").rglob("*.py")), ids=lambda f: str(f.relative_to(ROOT)))
+def test_every_module_is_written_in_the_grammar_of_python_3_9(file: Path) -> None:
+    ast.parse(file.read_text(encoding="utf-8"), feature_version=(3, 9))
+
+
+def vermin(*paths: Path) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable,
+        "-c",
+        "from vermin import main; main()",
+        "--target=3.9-",
+        "--violations",
+        "--no-tips",
+        "--eval-annotations",
+    ]
+    return subprocess.run([*command, *map(str, paths)], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vermin") is None, reason="needs vermin, of the extra dev")
+def test_no_module_uses_what_the_library_of_python_3_9_lacks(tmp_path: Path) -> None:
+    found = vermin(ROOT / "vllm_glm_patch", ROOT / "setup.py")
+    assert found.returncode == 0, found.stdout
+    newer = tmp_path / "newer.py"
+    newer.write_text("print(list(zip([1], [2], strict=True)))\n")
+    assert vermin(newer).returncode != 0, "the check itself finds nothing"
 
 
 def test_the_sdist_holds_all_that_the_wheel_is_built_from(tree: Path) -> None:

@@ -36,6 +36,7 @@ constexpr int kUint8 = 0;
 constexpr int kInterleaveNone = 0;
 constexpr int kSwizzle128 = 3;
 constexpr int kPromoteL2To128 = 2;
+constexpr int kPromoteL2To256 = 3;
 constexpr int kFillZeros = 0;
 
 // Layouts of cuda.h since CUDA 12.0; tests/hopper/native/layouts.cpp holds them to a toolkit's where there is one.

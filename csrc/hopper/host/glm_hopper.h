@@ -48,6 +48,7 @@ struct GlmHopperLayer {
   int32_t slice;
   int32_t slots;
   int32_t multiprocessors;      // most that a persistent grid may take; 0: all of the device's
+  int32_t weight_promotion;     // bytes that L2 fetches at once for the weights' maps: 256, else 128
   int32_t programmatic;         // 1: a kernel that allows it may start while the one before it ends
 };
 

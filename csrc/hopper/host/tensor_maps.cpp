@@ -2,6 +2,7 @@
 #include "tensor_maps.h"
 
 #include <cstdio>
+#include <cstring>
 
 namespace glm_hopper {
 namespace {
@@ -32,7 +33,7 @@ const char* name_of(Map map) {
 
 // The dims and strides that abi.h gives beside each Map.
 Extents extents_of(const MapKey& key) {
-  const auto [map, base, hidden_size, intermediate_size, row_count, expert_stride] = key;
+  const auto [map, base, hidden_size, intermediate_size, row_count, expert_stride, promotion] = key;
   const uint64_t k = hidden_size, n = intermediate_size, rows = row_count, stride = expert_stride;
   switch (map) {
     case Map::w13_rows: return {{k, 2 * n, rows}, {k, stride}};
@@ -69,10 +70,11 @@ Result encode(const Driver& driver, const MapKey& key, TensorMap* out, std::stri
     box[i] = unsigned(shape->box[i]);
     ones[i] = 1;
   }
+  const int promotion = std::get<6>(key) == 256 ? kPromoteL2To256 : kPromoteL2To128;
   alignas(128) TensorMap made;  // cuda.h asks for 64 in CUDA 12, for 128 in 13
   const Result result =
       driver.encode_tiled(&made, kUint8, unsigned(shape->rank), const_cast<void*>(std::get<const void*>(key)), extents.dims, extents.strides, box,
-                          ones, kInterleaveNone, kSwizzle128, kPromoteL2To128, kFillZeros);
+                          ones, kInterleaveNone, kSwizzle128, promotion, kFillZeros);
   if (result != kSuccess)
     *error = describe(key, *shape) + ": " + driver.text_of(result);
   else
@@ -83,12 +85,12 @@ Result encode(const Driver& driver, const MapKey& key, TensorMap* out, std::stri
 }  // namespace
 
 MapKey key_of(Map map, const GlmHopperLayer& layer) {
-  const int pairs = layer.tokens_count * layer.top_k;
+  const int pairs = layer.tokens_count * layer.top_k, promotion = layer.weight_promotion == 256 ? 256 : 128;
   switch (map) {
-    case Map::act_rows: return {map, layer.act_quantised, layer.hidden_size, layer.intermediate_size, pairs, 0};
+    case Map::act_rows: return {map, layer.act_quantised, layer.hidden_size, layer.intermediate_size, pairs, 0, 128};
     case Map::w2_rows:
-      return {map, layer.w2, layer.hidden_size, layer.intermediate_size, layer.experts, layer.w2_stride};
-    default: return {map, layer.w13, layer.hidden_size, layer.intermediate_size, layer.experts, layer.w13_stride};
+      return {map, layer.w2, layer.hidden_size, layer.intermediate_size, layer.experts, layer.w2_stride, promotion};
+    default: return {map, layer.w13, layer.hidden_size, layer.intermediate_size, layer.experts, layer.w13_stride, promotion};
   }
 }
 
@@ -98,17 +100,16 @@ Result TensorMaps::get(const Driver& driver, const MapKey& key, TensorMap* out, 
   if (known != found_.end()) {
     ++hits_;
     entries_.splice(entries_.begin(), entries_, known->second);
-    *out = known->second->map;
+    std::memcpy(out, known->second->map, sizeof(*out));
     return kSuccess;
   }
   ++misses_;
-  Entry entry{key, {}};
-  const Result result = encode(driver, key, &entry.map, error);
+  const Result result = encode(driver, key, out, error);
   if (result != kSuccess) return result;
-  entries_.push_front(entry);
+  entries_.push_front({key, {}});
+  std::memcpy(entries_.front().map, out, sizeof(*out));
   found_[key] = entries_.begin();
   shrink();
-  *out = entry.map;
   return kSuccess;
 }
 

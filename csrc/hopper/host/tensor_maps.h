@@ -14,8 +14,8 @@
 namespace glm_hopper {
 
 // All that a map depends on: map, base, hidden_size, intermediate_size, rows (pairs for the activations, experts for the
-// weights), and for weights the bytes between experts.
-using MapKey = std::tuple<Map, const void*, int, int, int, int64_t>;
+// weights), and for weights the bytes between experts and the bytes that L2 fetches at once.
+using MapKey = std::tuple<Map, const void*, int, int, int, int64_t, int>;
 
 // The key of one of a kernel's maps over a layer's tensors.
 MapKey key_of(Map map, const GlmHopperLayer& layer);
@@ -33,7 +33,7 @@ class TensorMaps {
  private:
   struct Entry {
     MapKey key;
-    TensorMap map;
+    unsigned char map[sizeof(TensorMap)];  // bytes: nodes of more than usual alignment would ask for a newer libstdc++
   };
   void shrink();
 

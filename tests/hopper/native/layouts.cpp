@@ -32,6 +32,7 @@ static_assert(kClusterDimension == CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, "");
 static_assert(kProgrammaticStreamSerialization == CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, "");
 static_assert(kUint8 == CU_TENSOR_MAP_DATA_TYPE_UINT8 && kInterleaveNone == CU_TENSOR_MAP_INTERLEAVE_NONE, "");
 static_assert(kSwizzle128 == CU_TENSOR_MAP_SWIZZLE_128B && kPromoteL2To128 == CU_TENSOR_MAP_L2_PROMOTION_L2_128B, "");
+static_assert(kPromoteL2To256 == CU_TENSOR_MAP_L2_PROMOTION_L2_256B, "");
 static_assert(kFillZeros == CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE, "");
 static_assert(CUDA_ERROR_NOT_FOUND == 500, "launcher.cpp tells a missing kernel by it");
 

@@ -37,13 +37,14 @@ DECODE_WIDTH = 1536  # the widest rows that glm_gemm2_decode_* holds
 class HopperConfig:
     """Kernels by name. `slice`: columns whose partials exist at once, a power of two; `slots`: slices in flight; both for
     glm_gemm2_sum_* only. `programmatic`: a kernel that knows how may start while the one before it ends, be
-    that one of the prologue."""
+    that one of the prologue. `weight_promotion`: bytes that L2 fetches at once for weights, 128 or 256."""
 
     gemm1: str
     gemm2: str
     slice: int = 512
     slots: int = 3
     programmatic: bool = True
+    weight_promotion: int = 128
 
 
 def why_not(problem: Problem, device: torch.device | str) -> str | None:
@@ -253,5 +254,6 @@ def _layer(
         slice=config.slice,
         slots=config.slots,
         multiprocessors=multiprocessors,
+        weight_promotion=config.weight_promotion,
         programmatic=config.programmatic,
     )

@@ -151,7 +151,7 @@ def load_or_compile(native: Native, device: int, images: Images | None, compile_
             if error.code not in REFUSALS:
                 raise
             refused = str(error)
-    _log.warning("The Hopper kernels in the wheel are not used on cuda:%d: %s", device, refused)
+            _log.warning("The Hopper kernels in the wheel are not used on cuda:%d: %s", device, refused)
     try:
         made = compile_here()
         load(native, device, made)

@@ -97,6 +97,7 @@ class Layer(C.Structure):
                 "slice",
                 "slots",
                 "multiprocessors",
+                "weight_promotion",
                 "programmatic",
             )
         ),
