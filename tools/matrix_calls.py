@@ -388,6 +388,7 @@ def _modular_kernel(case: Case) -> None:
             continue  # this place has all experts on every rank
         kernel = _kernel(case.record, tensors, prepare, experts)
         out, given = _called(case, fakes, kernel, tensors)
+        _need(isinstance(out, torch.Tensor), "a layer that can be served is not served: vLLM's kernel served the layer")
         want = _reference(fakes, tensors)
         _need(relative_error(out, want) < 0.02, "a layer that can be served has a wrong result")
         _need(all(id(one["hidden_states"]) != id(fakes["hidden_states"]) for one in given), "vLLM's kernel served the layer")

@@ -102,7 +102,7 @@ def test_ids_of_every_type_that_vllm_uses_are_served(dtype: torch.dtype) -> None
 
 def test_ids_out_of_range_and_weights_of_half_precision_are_served(stand_in: list[int]) -> None:
     of = layer()
-    function, state = wrapped(of)
+    function, _ = wrapped(of)
     ids = of.inputs.topk_ids.clone()
     ids[0, 0], ids[1, 1] = -1, 100_000
     weights = of.inputs.topk_weights.bfloat16()

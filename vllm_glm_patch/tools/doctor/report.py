@@ -7,6 +7,7 @@ from typing import Any
 
 from ... import catalog
 from ...errors import UserError
+from ...installation import asked
 from ...settings import Settings
 from ...upstream import find_installed
 from ..output import Table
@@ -83,7 +84,7 @@ def make() -> Report:
         cards=cards,
         no_cards=no_cards,
         findings=judge(installed(found, wanted_files())) if found else [],
-        decisions=catalog.decide(found, settings) if found and not settings_error else [],
+        decisions=[asked(d, settings) for d in catalog.decide(found, settings)] if found and not settings_error else [],
         settings=[] if settings_error else facts.setting_rows(settings),
         plugins=facts.plugins(),
         settings_error=settings_error,
