@@ -169,6 +169,11 @@ LEFT = {
     "bias": (quantised(w2_bias=torch.zeros(1)), {}, "has w2_bias"),
     "static scale": (quantised(a1_scale=torch.ones(1)), {}, "has a1_scale"),
     "clamp": (quantised(gemm1_clamp_limit=7.0), {}, "has gemm1_clamp_limit"),
+    "clamp of the layer": (
+        lambda of: setattr(of.kernel.fused_experts, "moe_config", SimpleNamespace(swiglu_limit=7.0)),
+        {},
+        "has swiglu_limit",
+    ),
     "scale a tensor": (quantised(w1_scale=torch.ones(8)), {}, r"scales of w13 are torch.float32 \[8\]"),
     "half scales": (quantised(w2_scale=torch.ones(8, 96).half()), {}, "scales of w2 are torch.float16"),
     "activation": (lambda of: None, {"activation": "gelu"}, "activation is 'gelu'"),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..moe.problem import Problem
-from .modular_kernel import EXPERTS, MUST_BE_NONE, NEEDED, NEITHER, PREPARE, Call
+from .modular_kernel import EXPERTS, MUST_BE_NONE, NEEDED, NEITHER, NEITHER_OF_LAYER, PREPARE, Call
 
 if TYPE_CHECKING:
     import torch
@@ -93,8 +93,10 @@ def _quantisation(call: Call, option: Option) -> str | None:
     extra = [
         name for name in (*MUST_BE_NONE, *NEITHER) if getattr(described, name, None) is not None or option(name) is not None
     ]
+    layer = getattr(call.kernel.fused_experts, "moe_config", None)
+    extra += [name for name in NEITHER_OF_LAYER if getattr(layer, name, None) is not None]
     if extra:
-        return f"the quantisation has {', '.join(extra)}, which the kernel has no place for"
+        return f"the layer has {', '.join(extra)}, which the kernel has no place for"
     return None
 
 

@@ -35,6 +35,9 @@ NEEDED = ("quant_dtype", "per_act_token_quant", "block_shape")
 NEITHER = ("w1_bias", "w2_bias", "g1_alphas", "g2_alphas", "gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit")
 """Attributes of the description that not every release has; where one is set, our kernel does not fit."""
 
+NEITHER_OF_LAYER = ("swiglu_limit", "swiglu_alpha", "swiglu_beta")
+"""The same of the layer's configuration (FusedMoEConfig), from which vLLM takes them where the description has none."""
+
 
 @dataclass
 class Call:
