@@ -245,6 +245,19 @@ def test_a_layer_that_nobody_thought_of_is_no_crash(stand_in: list[int]) -> None
     assert stand_in == []
 
 
+def test_lora_that_comes_after_the_first_call_is_vllms(stand_in: list[int]) -> None:
+    of = layer()
+    function, _ = wrapped(of)
+    call_new(function, of)
+    stand_in.clear()
+    of.kernel.fused_experts._lora_context = object()
+    call_new(function, of)
+    assert stand_in == [] and of.seen == [9, 9]
+    of.kernel.fused_experts._lora_context = None
+    call_new(function, of)
+    assert stand_in == [9]
+
+
 # Who serves which counts.
 
 

@@ -48,6 +48,11 @@ def card_of(device: torch.device) -> Card | None:
     return read_card(device.index if device.type == "cuda" else None)
 
 
+def has_lora(call: Call) -> bool:
+    """Whether LoRA is applied to the experts. vLLM may set that later than the first call, so it is asked at each."""
+    return getattr(call.kernel.fused_experts, "_lora_context", None) is not None
+
+
 def _device(call: Call, option: Option) -> str | None:
     card = card_of(call.hidden_states.device)
     if card is None:
@@ -71,7 +76,7 @@ def _kernel(call: Call, option: Option) -> str | None:
     experts = call.kernel.fused_experts
     if type(experts).__name__ not in EXPERTS:
         return f"vLLM chose {type(experts).__name__}, which may lay out the weights in its own way"
-    if getattr(experts, "_lora_context", None) is not None:
+    if has_lora(call):
         return "LoRA is applied to the experts"
     changed = [name for name in ("activation", "apply", "moe_sum") if callable(vars(experts).get(name))]
     if changed:

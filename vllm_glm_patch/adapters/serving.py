@@ -84,7 +84,9 @@ class Serving:
         except Exception as error:  # vLLM must go on, whatever there is that we did not think of
             self._say(f"a layer could not be looked at ({type(error).__name__}: {_first_line(error)})")
             return original(*args, **kwargs)
-        if layer.reason is not None or not self._ready(layer, call, original, reader, args, kwargs):
+        if layer.reason is not None or conditions.has_lora(call):
+            return original(*args, **kwargs)
+        if not self._ready(layer, call, original, reader, args, kwargs):
             return original(*args, **kwargs)
         if not self._is_ours(layer, call.hidden_states.shape[0]):
             return original(*args, **kwargs)
