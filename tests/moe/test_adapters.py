@@ -225,6 +225,21 @@ def test_tensors_that_do_not_fit_are_named(change: dict[str, Any], reason: str) 
     assert reason in str(conditions.why_not(changed, options.get))
 
 
+def test_weights_of_another_quantisation_are_told_without_a_look_at_their_scales() -> None:
+    class Described(SimpleNamespace):
+        @property
+        def w1_scale(self) -> Any:
+            raise AssertionError("not a tensor")
+
+    of = layer()
+    of.kernel.fused_experts.quant_config = Described(quant_dtype="mxfp4", per_act_token_quant=False, block_shape=None)
+    of.theirs = lambda *given: "vLLM's"  # type: ignore[method-assign]
+    function, state = wrapped(of)
+    packed = torch.zeros(8, 80, 48, dtype=torch.uint8)
+    assert call_new(function, of, w13=packed) == "vLLM's"
+    assert "quantised to mxfp4, with weights of torch.uint8" in state.summary()
+
+
 def test_other_cards_and_a_cpu_are_left_to_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET")
     of = layer()
@@ -393,8 +408,7 @@ def test_a_kernel_that_differs_is_not_used_in_this_process_and_one_message_says_
     out = call_new(function, of)
     assert relative_error(out, of.want() * 1.1) < 0.01
     call_new(function, layer(seed=3))  # another layer of the same process
-    assert len(caplog.records) == 1
-    message = caplog.records[0].message
+    (message,) = (record.message for record in caplog.records if record.levelname == "WARNING")
     assert "self-test of layer 1" in message and "differs from vLLM's own kernel by 9.1 %" in message
     assert "VLLM_GLM_PATCH_MOE=upstream" in message
     assert state.summary().startswith("vLLM's own kernel serves all MoE layers")

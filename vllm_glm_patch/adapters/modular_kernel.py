@@ -71,14 +71,18 @@ class Reader:
         def given(name: str) -> Any:
             return self._arguments.get(name, args, kwargs)
 
-        kernel = args[0]
-        if self._scales_given:
-            scales = given("w1_scale"), given("w2_scale")
-        else:
-            quantisation = kernel.fused_experts.quant_config
-            scales = quantisation.w1_scale, quantisation.w2_scale
+        import torch
+
+        kernel, w13 = args[0], given("w1")
+        scales: tuple[Any, Any] = (None, None)
+        if w13.dtype == torch.float8_e4m3fn:  # those of other quantisations may be no tensors, which some releases assert
+            if self._scales_given:
+                scales = given("w1_scale"), given("w2_scale")
+            else:
+                quantisation = kernel.fused_experts.quant_config
+                scales = quantisation.w1_scale, quantisation.w2_scale
         return Call(
-            kernel, given("hidden_states"), given("w1"), given("w2"), *scales, given("topk_weights"), given("topk_ids"),
+            kernel, given("hidden_states"), w13, given("w2"), *scales, given("topk_weights"), given("topk_ids"),
             given("expert_map"),
         )  # fmt: skip
 

@@ -183,6 +183,10 @@ class Serving:
         if not first:
             self_test.compare(layer.problem, ours, theirs, like, counts)
             return
+        logger.info(
+            "The fused MoE kernel is compared with vLLM's own. Kernels that Triton's cache does not have are compiled first, "
+            "which takes up to a minute."
+        )
         warm, theirs_most = plan(layer.problem, layer.card, counts[-1])
         outcome = self_test.compare(layer.problem, ours, theirs, like, counts, warm, max(self_test.SLICE, theirs_most))
         logger.info("The fused MoE kernel passed its self-test with the weights of a layer: %s.", outcome)
