@@ -156,6 +156,28 @@ def test_a_table_is_replaced_at_once_and_leaves_nothing_behind(tmp_path: Path) -
     assert [file.name for file in tmp_path.iterdir()] == ["card.json"]
 
 
+def test_what_was_answered_from_tables_is_forgotten_with_them_and_with_a_preference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_glm_patch.moe import op
+
+    monkeypatch.setattr(op, "read_card", lambda index: H100)
+    monkeypatch.setattr(op, "_device_index", lambda device: 0)
+    problem = TP8.with_tokens(300)
+    before = op.workspace_bytes(problem)
+    slots = {"kind": "fused", "slice": 1024, "slots": 9, "strip": 128}
+    user(tmp_path, table(H100, {300: {"path": "grouped", "gemm2": slots}}))
+    larger = op.workspace_bytes(problem)
+    assert larger > before
+    second = Backend("second", lambda problem, card: True, lambda problem, card: 0)
+    monkeypatch.setattr(backends, "BACKENDS", [*backends.BACKENDS, second])
+    monkeypatch.setitem(op.RUNNERS, "second", op.Runner(lambda problem, card: 77, lambda *given: None))
+    backends.prefer("second")
+    assert op.workspace_bytes(problem) == 77
+    backends.prefer(backends.AUTO)
+    assert op.workspace_bytes(problem) == larger
+
+
 # Who serves.
 
 
@@ -181,12 +203,13 @@ def test_a_preference_goes_before_the_table_but_never_before_what_is_possible(tm
 
 
 def test_a_second_backend_needs_a_name_a_condition_and_entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    second = Backend("second", lambda problem, card: problem.intermediate_size == 192)
+    second = Backend("second", lambda problem, card: problem.intermediate_size == 192, lambda problem, card: problem.tokens > 9)
     monkeypatch.setattr(backends, "BACKENDS", [*backends.BACKENDS, second])
     monkeypatch.setattr(tables, "SHIPPED", tmp_path / "none")
     wide = GLM_SHAPES["TP1"]
     user(tmp_path, table(H100, {8192: {"backend": "second", "tile": 3}}), table(H100, {8192: {"backend": "second"}}, wide))
     assert route(TP8.with_tokens(8192), H100) == "second"
+    assert backends.configuration(TP8.with_tokens(8192), H100) == ("second", True)
     assert tables.entry(TP8.with_tokens(8192), H100) == {"backend": "second", "tile": 3}
     assert choose(TP8.with_tokens(8192), H100) == default_config(TP8.with_tokens(8192), H100)
     assert route(TP8.with_tokens(64), H100) == "triton"  # no entry: the first that can

@@ -256,17 +256,16 @@ def plan(problem: Problem, card: Card, most: int) -> tuple[list[int], int]:
 
     Each configuration is run at its last count and the one before: Triton compiles for multiples of 16 apart.
     """
-    from ..moe import backends, dispatch
+    from ..moe import backends
     from ..moe.workspace import TOKENS_PER_PASS
 
     theirs, last = 0, {}
     for tokens in range(1, min(most, TOKENS_PER_PASS) + 1):
-        part = problem.with_tokens(tokens)
-        backend = backends.route(part, card)
-        if backend == backends.UPSTREAM:
+        configuration = backends.configuration(problem.with_tokens(tokens), card)
+        if configuration is None:
             theirs = tokens
         else:
-            last[backend, dispatch.choose(part, card)] = tokens
+            last[configuration] = tokens
     ours = {tokens for end in last.values() for tokens in (end - 1, end) if tokens > 0}
     return sorted(ours), theirs
 

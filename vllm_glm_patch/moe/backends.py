@@ -1,17 +1,17 @@
 """Who serves a problem: one of this package's backends, or the caller's own kernel. Chosen by sizes alone, on the host.
 
-A backend is named in tuned tables by its `name`. To add one: an entry in `BACKENDS`, its `run` in op.py's `RUNNERS`, and
+A backend is named in tuned tables by its `name`. To add one: an entry in `BACKENDS`, its runner in op.py's `RUNNERS`, and
 entries {"backend": name, …} in the tables. Rules of thumb take the first backend that supports a problem.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 from . import tables
-from .dispatch import Card
+from .dispatch import Card, choose
 from .problem import Problem
 
 UPSTREAM = "upstream"
@@ -26,6 +26,9 @@ class Backend:
 
     name: str
     supports: Callable[[Problem, Card], bool]
+    """Whether it can serve a problem on a card; `card.index` is the CUDA device. Asked for each token count once."""
+    configuration: Callable[[Problem, Card], Hashable]
+    """What it would run a problem with. Equal ones share their kernels, so that one call compiles or loads them."""
 
 
 def _triton_supports(problem: Problem, card: Card) -> bool:
@@ -33,7 +36,7 @@ def _triton_supports(problem: Problem, card: Card) -> bool:
     return card.capability == (9, 0) and problem.hidden_size <= 16384 and problem.experts < 1024 and problem.top_k <= 64
 
 
-BACKENDS: list[Backend] = [Backend("triton", _triton_supports)]
+BACKENDS: list[Backend] = [Backend("triton", _triton_supports, lambda problem, card: choose(problem, card))]
 
 
 def names() -> tuple[str, ...]:
@@ -51,7 +54,7 @@ def prefer(wanted: str) -> None:
         raise ValueError(f"the backend {wanted!r} is not among {', '.join((AUTO, *names()))}")
     if wanted != _preferred:
         _preferred = wanted
-        route.cache_clear()
+        tables.changed()
 
 
 @functools.lru_cache(maxsize=65536)
@@ -66,6 +69,18 @@ def route(problem: Problem, card: Card) -> str:
     if told == UPSTREAM or not able:
         return UPSTREAM
     return told if told in able else able[0]
+
+
+tables.when_changed(route.cache_clear)
+
+
+def configuration(problem: Problem, card: Card) -> Hashable:
+    """The backend that serves a problem and what it runs it with; None where that is upstream."""
+    name = route(problem, card)
+    for backend in BACKENDS:
+        if backend.name == name:
+            return name, backend.configuration(problem, card)
+    return None
 
 
 def routes(problem: Problem, card: Card, most: int) -> list[tuple[int, int, str]]:

@@ -16,12 +16,14 @@ from .problem import Problem
 
 @dataclass(frozen=True)
 class Card:
-    """What is read from the device. `shared_memory`: bytes one block may use."""
+    """What is read from the device. `shared_memory`: bytes one block may use. `index`: its number, None for a stand-in;
+    two cards of the same make are equal."""
 
     name: str
     multiprocessors: int
     shared_memory: int
     capability: tuple[int, int]
+    index: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ def read_card(index: int | None) -> Card:
 
     properties = torch.cuda.get_device_properties(index)
     shared = getattr(properties, "shared_memory_per_block_optin", 101376)
-    return Card(properties.name, properties.multi_processor_count, shared, (properties.major, properties.minor))
+    return Card(properties.name, properties.multi_processor_count, shared, (properties.major, properties.minor), index)
 
 
 @functools.cache
@@ -169,6 +171,9 @@ def choose(problem: Problem, card: Card) -> Config:
     if entry is not None and entry.get("backend", "triton") == "triton":
         return Config.from_dict(entry)
     return default_config(problem, card)
+
+
+tables.when_changed(choose.cache_clear)
 
 
 def default_config(problem: Problem, card: Card) -> Config:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import backends
+from . import backends, tables
 from . import workspace as workspace_module
 from .dispatch import Card, Config, choose, read_card
 from .pipeline import Pass, Tensors
@@ -101,6 +101,9 @@ def _largest_need(problem: Problem, card: Card) -> int:
             largest = max(largest, workspace_module.layout(*before).total)
         before = part, config
     return max(largest, workspace_module.layout(*before).total) if before else largest
+
+
+tables.when_changed(_largest_need.cache_clear)
 
 
 def run(problem: Problem, config: Config, card: Card, tensors: Tensors, workspace: torch.Tensor) -> None:

@@ -12,6 +12,7 @@ import functools
 import json
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ SHIPPED = Path(__file__).parent / "tuned"
 REACH = 2.0
 _logger = logging.getLogger("vllm_glm_patch")
 _user_folder: Path | None = None
+_dependents: list[Callable[[], None]] = []
 
 
 def use_folder(folder: Path | None) -> None:
@@ -38,10 +40,19 @@ def use_folder(folder: Path | None) -> None:
 
 def forget() -> None:
     """Read the tables anew at the next question: one has been written."""
-    from . import backends, dispatch
+    read_all.cache_clear()
+    changed()
 
-    for cached in (read_all, dispatch.choose, backends.route):
-        cached.cache_clear()
+
+def when_changed(forget_answer: Callable[[], None]) -> None:
+    """Call this whenever answers that were made from tables, or from a preference, may no longer hold."""
+    _dependents.append(forget_answer)
+
+
+def changed() -> None:
+    """Let all that depends on tables or on a preference forget its answers."""
+    for forget_answer in _dependents:
+        forget_answer()
 
 
 def file_of(card: str, folder: Path) -> Path:
