@@ -139,12 +139,12 @@ def test_a_folder_that_is_not_there_is_no_error() -> None:
 
 def _write_many(path: str) -> None:
     for number in range(30):
-        tune._write_whole(Path(path), json.dumps({"of": number, "text": "x" * 200_000}))
+        tables.write(Path(path), {"of": number, "text": "x" * 200_000, "shapes": {}})
 
 
 def test_a_table_is_replaced_at_once_and_leaves_nothing_behind(tmp_path: Path) -> None:
     path = tmp_path / "card.json"
-    tune._write_whole(path, json.dumps({"of": -1}))
+    tables.write(path, {"of": -1, "shapes": {}})
     writers = [multiprocessing.get_context("fork").Process(target=_write_many, args=(str(path),)) for _ in range(2)]
     for writer in writers:
         writer.start()

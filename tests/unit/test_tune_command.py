@@ -14,6 +14,8 @@ from vllm_glm_patch.moe import dispatch, tables, tune
 from vllm_glm_patch.moe.dispatch import Card, Config
 from vllm_glm_patch.moe.problem import GLM_SHAPES, Problem
 from vllm_glm_patch.tools import tune as command
+from vllm_glm_patch.tools import tune_from_bench
+from vllm_glm_patch.tools.bench import schema
 
 H100 = Card("NVIDIA H100 80GB HBM3", 132, 232448, (9, 0))
 
@@ -123,3 +125,73 @@ def test_nothing_tuned_in_the_time_leaves_with_1(card: list[Problem], tmp_path: 
     result = run("tune", "--minutes", "0.5", "--tokens", "64", "--out", str(tmp_path / "t.json"))
     assert result.code == 1
     assert "Nothing was tuned in 0.5 minutes" in result.err
+
+
+# From a result of `bench kernel`.
+
+
+def row(tokens: int, ours: float | None, cutlass: float | None, triton: float | None = None, **more: Any) -> dict[str, Any]:
+    times = {"ours_us": ours, "cutlass_us": cutlass, "triton_us": triton, "triton_tuned_us": 0.1}
+    return {"shape": "TP8", "tokens": tokens, "backend": "triton", "config": Config().to_dict(), **times, **more}
+
+
+def bench_result(*rows: dict[str, Any], card: str = H100.name, kind: str = "bench kernel") -> dict[str, Any]:
+    return {"kind": kind, "machine": {"card": card}, "rows": list(rows)}
+
+
+@pytest.mark.parametrize(
+    ("ours", "cutlass", "triton", "winner"),
+    [
+        (100.0, 200.0, 50.0, None),  # vLLM would run CUTLASS, however fast its Triton kernel is
+        (100.0, 98.0, None, None),  # within what repeats differ by
+        (100.0, 96.0, None, "upstream"),
+        (100.0, None, 90.0, "upstream"),
+    ],
+)
+def test_a_count_goes_to_the_kernel_that_was_faster(
+    ours: float, cutlass: float | None, triton: float | None, winner: str | None
+) -> None:
+    (entry,) = tune_from_bench.entries(bench_result(row(64, ours, cutlass, triton)))["TP8"].values()
+    assert entry.get("backend") == winner
+
+
+def test_the_fastest_of_our_backends_is_entered_and_what_was_not_timed_is_not() -> None:
+    rows = [row(8, 100.0, 200.0), row(8, 80.0, 200.0, backend="other", config={"tile": 3}), row(8, 90.0, 200.0)]
+    found = tune_from_bench.entries(bench_result(*rows, row(16, None, 5.0), row(32, 5.0, None)))
+    assert found == {"TP8": {"8": {"backend": "other", "tile": 3}}}
+
+
+def test_a_result_becomes_a_table_that_decides_who_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_glm_patch.moe import backends
+
+    made = bench_result(row(4, 20.0, 30.0), row(64, 100.0, 80.0), row(256, 200.0, 300.0))
+    monkeypatch.setattr(schema, "read", lambda file: made)
+    monkeypatch.setenv("VLLM_GLM_PATCH_TUNED_DIR", str(tmp_path))
+    result = run("tune", "--from", "kernel.json")
+    assert result.code == 0, result.err
+    assert "3 counts entered, 1 of them left to vLLM's own kernel" in result.out
+    try:
+        tables.use_folder(tmp_path)
+        assert backends.routes(Problem(1), H100, 1024) == [(1, 31, "triton"), (32, 128, "upstream"), (129, 1024, "triton")]
+    finally:
+        tables.use_folder(None)
+
+
+@pytest.mark.parametrize(
+    ("made", "why"),
+    [
+        (bench_result(row(64, 1.0, 2.0), kind="bench serve"), "--from takes one of `bench kernel`"),
+        (bench_result(row(64, 1.0, None)), "no count at which both kernels were timed"),
+        (bench_result(row(64, 1.0, 2.0), card="NVIDIA H9"), "neither a table nor a card here"),
+        (bench_result(row(64, 1.0, 2.0, config={"path": "nonsense", "no": 1})), "does not fit this release"),
+    ],
+    ids=["kind", "not timed", "card", "config"],
+)
+def test_a_result_that_cannot_become_a_table_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: dict[str, Any], why: str
+) -> None:
+    monkeypatch.setattr(schema, "read", lambda file: made)
+    result = run("tune", "--from", "kernel.json", "--out", str(tmp_path / "t.json"))
+    assert result.code == 2
+    assert why in result.err
+    assert not (tmp_path / "t.json").exists()

@@ -12,6 +12,8 @@ import functools
 import json
 import logging
 import math
+import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,6 +80,24 @@ def read(path: Path) -> dict[str, Any]:
     table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     check(table)
     return table
+
+
+def write(path: Path, table: dict[str, Any]) -> None:
+    """Put a table in place at once, counts in order: whoever reads it meanwhile sees the old one or the new one, whole."""
+    shapes = {key: dict(sorted(counts.items(), key=lambda item: int(item[0]))) for key, counts in table["shapes"].items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(json.dumps({**table, "shapes": shapes}, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    forget()
 
 
 def check(table: Any) -> None:

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import multiprocessing
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -439,22 +437,4 @@ def _extend(path: Path, card: Card, problem: Problem, config: Config) -> None:
     }
     counts = table["shapes"].setdefault(problem.shape_key, {})
     counts[str(problem.tokens)] = config.to_dict()
-    table["shapes"][problem.shape_key] = dict(sorted(counts.items(), key=lambda item: int(item[0])))
-    _write_whole(path, json.dumps(table, indent=1) + "\n")
-    tables.forget()
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Put a file in place at once: whoever reads it meanwhile sees the old one or the new one, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    tables.write(path, table)

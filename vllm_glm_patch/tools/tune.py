@@ -33,6 +33,11 @@ def command(
     minutes: float = typer.Option(10.0, help="Time limit. What was tuned by then is kept; the next run goes on from it."),
     out: Optional[Path] = typer.Option(None, help="The table's file. [default: a file for this card in the user's folder]"),
     seed: int = typer.Option(0, help="Of the random weights and tokens."),
+    source: Optional[Path] = typer.Option(
+        None,
+        "--from",
+        help="A result of `bench kernel`: tune nothing, enter at each count the faster of our kernel and vLLM's. No card.",
+    ),
 ) -> None:
     """Tune the fused MoE kernels on this card, and keep the table where `vllm serve` finds it.
 
@@ -40,11 +45,17 @@ def command(
 
     Exit codes: 0 a table was written; 1 nothing could be tuned in the time; 2 no card, or an option is wrong.
     """
+    if source is not None:
+        from vllm_glm_patch.tools import tune_from_bench
+
+        path, entered, left = tune_from_bench.write(source, out, Settings.from_environment().tables())
+        typer.echo(f"{entered} counts entered, {left} of them left to vLLM's own kernel; the table is {path}")
+        return
     problems = [problem_of(shape).with_tokens(count) for shape in shapes for count in counts_of(tokens)]
     if not minutes > 0:
         raise UserError(f"--minutes is {minutes}; it must be more than 0.")
     card = _card()
-    path = _table_file(out, card)
+    path = table_file(out, card.name, Settings.from_environment().tables())
     console = Console(stderr=True)
     found = _tune(problems, minutes, path, seed, console)
     if not found:
@@ -112,13 +123,17 @@ def _card() -> Card:
     return card
 
 
-def _table_file(out: Path | None, card: Card) -> Path:
+def table_file(out: Path | None, card: str, folder: Path | None) -> Path:
+    """The file of a card's table: `out`, or one in the user's folder.
+
+    Raises:
+        UserError: there is no such folder, or what is there is no table.
+    """
     from vllm_glm_patch.moe import tables
 
-    folder = Settings.from_environment().tables()
     if out is None and folder is None:
         raise UserError("This user has no home folder for the table; give --out FILE, or set VLLM_GLM_PATCH_TUNED_DIR.")
-    path = out if out is not None or folder is None else tables.file_of(card.name, folder)
+    path = out if out is not None or folder is None else tables.file_of(card, folder)
     assert path is not None
     if path.suffix != ".json":
         raise UserError(f"--out is {path}; it must be a file that ends in .json, since only such files are read as tables.")
