@@ -19,7 +19,7 @@ from vllm_glm_patch.settings import PREFIX
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No switches in the environment, nothing patched before or after a test, a card that seems to be there, no backend preferred."""
+    """No switches in the environment, nothing patched before or after a test, a card that seems to be there, no preference."""
     monkeypatch.setattr(fused_moe, "has_card", lambda: True)
     for name in [n for n in os.environ if n.startswith((PREFIX, "_GLM_PATCH"))]:
         monkeypatch.delenv(name)
