@@ -73,7 +73,7 @@ def check(version: str, folder: Path) -> Result:
     for patch in catalog.patches():
         if patch.affects.contains(version):
             problems += [text for site in patch.sites_for(release) if (text := _fingerprint_problem(site, upstream))]
-    decisions = catalog.decide(upstream, Settings())
+    decisions = catalog.decide(upstream, Settings(moe_backend="auto"))
     problems += [f"{d.id} is refused: {d.reason}" for d in decisions if d.state == catalog.REFUSED]
     target = scan.identify(str(folder), evidence.wanted_files())
     for found, patch in zip(evidence.judge(target), [p for p in catalog.patches() if p.defect]):

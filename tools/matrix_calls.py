@@ -60,7 +60,7 @@ class Case:
         """Call the replacement in this place's way; a constant that the place passes goes before our fake."""
         self.received.clear()
         args, kwargs = self._arguments(fakes, instance)
-        wrapped = self.factory(settings or Settings(), relied_on)(self._stand_in(body))
+        wrapped = self.factory(settings or Settings(moe_backend="auto"), relied_on)(self._stand_in(body))
         self.made += 1
         return wrapped(*args, **kwargs)
 
@@ -396,7 +396,7 @@ def _modular_kernel(case: Case) -> None:
     for name, change in _LEFT_ALONE.items():
         fakes, tensors = _layer(case, False)
         kernel = _kernel(case.record, tensors, moe["prepare"][-1], moe["experts"][-1])
-        settings = change(kernel, fakes) or Settings()
+        settings = change(kernel, fakes) or Settings(moe_backend="auto")
         if case.given(fakes, "activation") != fakes["activation"]:
             continue  # this place has one activation
         out, given = _called(case, fakes, kernel, tensors, settings)

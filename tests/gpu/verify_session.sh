@@ -8,7 +8,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 site=$1 minutes=${2:-3}
 shift $(($# < 2 ? $# : 2))
 export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_USE_FLASHINFER_SAMPLER=0 CPATH=/usr/local/cuda/include PYTHONUNBUFFERED=1
-export PYTHONPATH=/tmp/ours:$site
+export PYTHONPATH=/tmp/ours:$site VLLM_GLM_PATCH_MOE=auto
 cd /tmp # so that the tree's package, which has no native parts, does not come before the wheel's
 run="import sys, runpy; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
 echo "== reproduction without the patch"

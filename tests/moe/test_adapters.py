@@ -56,7 +56,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def wrapped(of: fake_moe.Layer, settings: Settings | None = None, make: Any = new_apply) -> tuple[Any, Serving]:
-    chosen = settings or Settings(tuned_dir="/nonexistent")
+    chosen = settings or Settings(tuned_dir="/nonexistent", moe_backend="auto")
     state = Serving(lambda: chosen)
     original = make(of)
     reader = Reader(original)
@@ -364,7 +364,7 @@ def test_a_call_that_is_traced_is_left_to_vllm_without_a_guard_on_the_count(stan
               apply_router_weight_on_input):  # type: ignore[no-untyped-def]  # fmt: skip
         return hidden_states * 2
 
-    state = Serving(lambda: Settings())
+    state = Serving(lambda: Settings(moe_backend="auto"))
     reader = Reader(apply)
     graphs = []
 

@@ -17,6 +17,7 @@ from vllm_glm_patch.fixes import Context, full_step_probe, fused_moe
 from vllm_glm_patch.moe import backends
 from vllm_glm_patch.settings import MOE_BACKENDS, Settings
 
+pytestmark = pytest.mark.usefixtures("kernel_on")
 Fake = Callable[[str], Path]
 REAL_HAS_CARD = fused_moe.has_card
 """The fixture of all unit tests puts another in its place."""
@@ -88,12 +89,21 @@ def test_the_setting_upstream_switches_it_off_from_either_place_and_back_on(
     fake("0.33.0")
     monkeypatch.setenv("VLLM_GLM_PATCH_MOE", "upstream")
     vllm_glm_patch.install()
-    assert state() == (catalog.SWITCHED_OFF, "VLLM_GLM_PATCH_MOE=upstream or the setting `moe_backend`")
+    assert state() == (catalog.SWITCHED_OFF, fused_moe.OFF)
     kernels = fake_vllm.load(KERNEL)
     installation.adopt({"glm_patch": {"moe_backend": "triton"}})
     assert state()[0] == "applied" and hasattr(kernels.FusedMoEKernel.apply, "__wrapped__")
     installation.adopt({"glm_patch": {"moe_backend": "upstream"}})
     assert state()[0] == catalog.SWITCHED_OFF and not hasattr(kernels.FusedMoEKernel.apply, "__wrapped__")
+
+
+def test_it_is_off_by_default_and_says_how_to_turn_it_on(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake("0.33.0")
+    monkeypatch.delenv("VLLM_GLM_PATCH_MOE")
+    vllm_glm_patch.install()
+    assert state() == (catalog.SWITCHED_OFF, fused_moe.OFF)
+    assert "VLLM_GLM_PATCH_MOE=auto" in fused_moe.OFF
+    assert not hasattr(fake_vllm.load(KERNEL).FusedMoEKernel.apply, "__wrapped__")
 
 
 def test_the_backends_of_the_settings_are_those_of_the_kernel() -> None:

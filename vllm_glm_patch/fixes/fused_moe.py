@@ -15,11 +15,13 @@ from . import Context, Factory, full_step, full_step_probe
 
 _DEVICES = (("/dev", "nvidia[0-9]*"), ("/dev", "nvidiactl"), ("/proc/driver/nvidia", "version"))
 
+OFF = "setting `moe_backend` is upstream, the default of this version; VLLM_GLM_PATCH_MOE=auto turns the kernel on"
+
 
 def declines(settings: Settings) -> tuple[str, str] | None:
     """A state and the reason for it where the patch is of no use here. Looks at no driver: that would start CUDA."""
     if settings.moe_backend == "upstream":
-        return SWITCHED_OFF, "VLLM_GLM_PATCH_MOE=upstream or the setting `moe_backend`"
+        return SWITCHED_OFF, OFF
     if not has_card():
         return NOT_NEEDED, "this machine has no NVIDIA card"
     return None
