@@ -14,7 +14,8 @@ HEAD = """<!-- Made by `make matrix`; not to be edited. -->
 
 What becomes of each [patch](patches.md) in each release of vLLM, checked against the published package of that release.
 
-- *applied*: the release has the defect, and every function that is replaced has the recorded fingerprint.
+- *applied*: the release has the defect, and every function that is replaced has the recorded fingerprint. `fused-moe` is off by
+  default; here it is turned on.
 - *not needed*: the release does not have it. *not in this release*: this release of vllm-glm-patch has no fix yet.
 - *refused*: something is not as recorded. {refusals}
 - *kernels*: `source` where the published sources of the kernels show defect or correction, and agree with the catalog;
