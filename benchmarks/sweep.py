@@ -60,7 +60,7 @@ def main() -> int:
             rows[row["shape"], row["tokens"], row["group"]].append((row["us"], text))
         elif "error" in row:
             errors[f"{row['group']}: {row['error'][:100]}"] += 1
-        else:
+        elif "done" not in row:
             print(row, flush=True)
 
     problems = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -15,7 +15,14 @@ from packaging.version import Version
 
 from tools.matrix_source import Call, Function, Parameter, Record, signature
 from vllm_glm_patch import catalog
+from vllm_glm_patch.adapters import conditions, serving
+from vllm_glm_patch.adapters.modular_kernel import EXPERTS as KERNELS
+from vllm_glm_patch.adapters.modular_kernel import NEEDED, PREPARE
 from vllm_glm_patch.fixes import Context, Factory
+from vllm_glm_patch.moe.dispatch import Card
+from vllm_glm_patch.moe.generators import make_inputs
+from vllm_glm_patch.moe.problem import Problem
+from vllm_glm_patch.moe.reference import fused_moe, relative_error
 from vllm_glm_patch.settings import Settings
 
 BUDGET, EXPERTS, TOKENS, TOP_K, WIDTH, VOCABULARY = 8192, 8, 4, 2, 16, 1000
@@ -93,6 +100,15 @@ class Case:
 
 def check(record: Record) -> Outcome:
     """Call every replacement in every way this release calls it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # thousands of operations on a few values: threads only wait for each other
+    try:
+        return _check(record)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _check(record: Record) -> Outcome:
     problems = [f"{name} is not defined in this release" for name in record.missing]
     made = 0
     for function in record.functions:
@@ -344,6 +360,123 @@ def _worker(case: Case) -> None:
                 _need(distinct > VOCABULARY // 2, f"the dummy run of {file} has only {distinct} different tokens")
 
 
+GLM = Problem(TOKENS, WIDTH, WIDTH, EXPERTS, EXPERTS, TOP_K)
+
+
+def _kernel(record: Record, tensors: Mapping[str, Any], prepare: str, experts: str, **described: Any) -> Any:
+    """A kernel object as the release has it: classes by its names, a description with its attributes."""
+    values = {
+        "w1_scale": tensors["w1_scale"], "w2_scale": tensors["w2_scale"], "quant_dtype": torch.float8_e4m3fn,
+        "per_act_token_quant": True, **described,
+    }  # fmt: skip
+    known = {name: values.get(name) for name in record.moe["description"]}
+    kernel = SimpleNamespace(prepare_finalize=type(prepare, (), {})(), fused_experts=type(experts, (), {})())
+    kernel.fused_experts.quant_config = SimpleNamespace(**known)
+    kernel.impl = SimpleNamespace(shared_experts=None)
+    return kernel
+
+
+def _modular_kernel(case: Case) -> None:
+    moe = case.record.moe
+    _need(moe["prepare"], f"none of {', '.join(PREPARE)} is defined: every layer would be left to vLLM")
+    _need(moe["experts"], f"none of {', '.join(KERNELS)} is defined: every layer would be left to vLLM")
+    _need(set(NEEDED) <= set(moe["description"]), f"FusedMoEQuantConfig has only {', '.join(moe['description'])}")
+    _need(moe["opaque"], "the MoE layers are not in an opaque operator: a compiled graph would trace the choice of a kernel")
+    for prepare, experts, mapped in itertools.product(moe["prepare"], moe["experts"], (False, True)):
+        fakes, tensors = _layer(case, mapped)
+        if mapped and case.given(fakes, "expert_map") is None:
+            continue  # this place has all experts on every rank
+        kernel = _kernel(case.record, tensors, prepare, experts)
+        out, given = _called(case, fakes, kernel, tensors)
+        _need(isinstance(out, torch.Tensor), "a layer that can be served is not served: vLLM's kernel served the layer")
+        want = _reference(fakes, tensors)
+        _need(relative_error(out, want) < 0.02, "a layer that can be served has a wrong result")
+        _need(all(id(one["hidden_states"]) != id(fakes["hidden_states"]) for one in given), "vLLM's kernel served the layer")
+        _need(given, "the layer was not compared with vLLM's kernel")
+    for name, change in _LEFT_ALONE.items():
+        fakes, tensors = _layer(case, False)
+        kernel = _kernel(case.record, tensors, moe["prepare"][-1], moe["experts"][-1])
+        settings = change(kernel, fakes) or Settings()
+        if case.given(fakes, "activation") != fakes["activation"]:
+            continue  # this place has one activation
+        out, given = _called(case, fakes, kernel, tensors, settings)
+        _need(out == "vLLM's" and len(given) == 1, f"a layer with {name} is not left to vLLM")
+        _same(given[0], lambda n, f=fakes: case.given(f, n))  # type: ignore[misc]
+
+
+def _other(kernel: Any, fakes: dict[str, Any], **change: Any) -> None:
+    fakes.update(change)
+
+
+def _described(kernel: Any, fakes: dict[str, Any], **change: Any) -> None:
+    vars(kernel.fused_experts.quant_config).update(change)
+
+
+_LEFT_ALONE: Mapping[str, Callable[[Any, dict[str, Any]], Settings | None]] = {
+    "an all-to-all": lambda kernel, fakes: setattr(kernel, "prepare_finalize", SimpleNamespace()),
+    "experts of another kernel": lambda kernel, fakes: setattr(
+        kernel.fused_experts, "__class__", type("FlashInferExperts", (), {})
+    ),
+    "LoRA": lambda kernel, fakes: setattr(kernel.fused_experts, "_lora_context", "context"),
+    "another activation": lambda kernel, fakes: _other(kernel, fakes, activation="gelu"),
+    "half tokens": lambda kernel, fakes: _other(kernel, fakes, hidden_states=fakes["hidden_states"].half()),
+    "scales of blocks": lambda kernel, fakes: _described(kernel, fakes, block_shape=[128, 128]),
+    "scales a tensor": lambda kernel, fakes: _described(kernel, fakes, per_act_token_quant=False),
+    "moe_backend upstream": lambda kernel, fakes: Settings(moe_backend="upstream"),
+}
+
+
+def _layer(case: Case, mapped: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arguments of a call, and the weights with their scales: half of the experts on this rank where `mapped`."""
+    problem = replace(GLM, experts=EXPERTS // 2) if mapped else GLM
+    made = make_inputs(problem, 7)
+    tensors = {"w1": made.w13, "w2": made.w2, "w1_scale": made.w13_scale[..., None], "w2_scale": made.w2_scale[..., None]}
+    fakes = {
+        **tensors, "hidden_states": made.hidden_states, "topk_weights": made.topk_weights, "topk_ids": made.topk_ids,
+        "expert_map": made.expert_map, "global_num_experts": EXPERTS, "activation": "silu", "inplace": False,
+        "apply_router_weight_on_input": False, "a1_scale": None, "a2_scale": None, "w1_zp": None, "w2_zp": None,
+        "shared_experts": None, "shared_experts_input": None,
+    }  # fmt: skip
+    return fakes, tensors
+
+
+def _reference(passed: Mapping[str, Any], tensors: Mapping[str, Any]) -> torch.Tensor:
+    """A layer in float64, of what was passed and these weights."""
+    weights = [tensors[name] for name in ("w1", "w2", "w1_scale", "w2_scale")]
+    x, *routing = (passed[name] for name in ("hidden_states", "topk_weights", "topk_ids"))
+    return fused_moe(x, weights[0], weights[1], weights[2], weights[3], routing[0], routing[1], expert_map=passed["expert_map"])
+
+
+def _called(
+    case: Case, fakes: dict[str, Any], kernel: Any, tensors: Mapping[str, Any], settings: Settings | None = None
+) -> tuple[Any, list[dict[str, Any]]]:
+    """What a call gives, and what vLLM's kernel was called with. Ours is a float64 stand-in on the CPU."""
+
+    def ours(call: Any) -> torch.Tensor:
+        passed = {name: getattr(call, name) for name in ("hidden_states", "topk_weights", "topk_ids", "expert_map")}
+        weights = {"w1": call.w13, "w2": call.w2, "w1_scale": call.w13_scale, "w2_scale": call.w2_scale}
+        return _reference(passed, weights).to(torch.bfloat16)
+
+    def theirs(given: dict[str, Any]) -> Any:
+        if given["hidden_states"] is fakes["hidden_states"]:
+            return "vLLM's"
+        return _reference(given, tensors).to(torch.bfloat16)
+
+    with (
+        mock.patch.object(serving, "run", ours),
+        mock.patch.object(conditions, "card_of", lambda device: Card("H100", 132, 232448, (9, 0))),
+    ):
+        out = case.run(fakes, theirs, settings, instance=kernel)
+    return out, list(case.received)
+
+
+def _profile(case: Case) -> None:
+    worker = SimpleNamespace(vllm_config=_config(case.record))
+    result = case.run({}, lambda given: "bytes", instance=worker)
+    _need(result == "bytes", "the result does not come back")
+    _need(len(case.received) == 1, "vLLM's own profiling run is not called once")
+
+
 CHECKS: Mapping[str, Callable[[Case], None]] = {
     "grouped-gemm": _grouped_gemm,
     "quantise": _quantise,
@@ -351,4 +484,6 @@ CHECKS: Mapping[str, Callable[[Case], None]] = {
     "apply": _apply,
     "scheduler": _scheduler,
     "worker": _worker,
+    "modular-kernel": _modular_kernel,
+    "profile": _profile,
 }

@@ -21,7 +21,9 @@ What becomes of each [patch](patches.md) in each release of vLLM, checked agains
   `wheel` where no sources are published, so that the releases before and after speak for it.
 - *calls*: how many calls of replacements were made. Each was called with the arguments that a place in that release
   passes, over a stand-in with that release's signature, on a CPU, and what arrived was checked: 32 bytes behind the scales,
-  ids in range and weights zero, the scheduler's budget, the warm-up called once. No code of vLLM was run."""
+  ids in range and weights zero, the scheduler's budget, the warm-up called once, an MoE layer served with the right result
+  or left to vLLM. For the MoE kernel the classes and attributes that are read must exist, and its layers must be called inside
+  an opaque operator. No code of vLLM was run."""
 CHANGES = """## How the functions changed
 
 Releases in which the parameters of a function that is replaced are other than in the release before."""

@@ -13,6 +13,7 @@ from typing import Any
 from packaging.version import Version
 
 from vllm_glm_patch import catalog
+from vllm_glm_patch.adapters.modular_kernel import EXPERTS, MUST_BE_NONE, NEEDED, NEITHER, PREPARE
 from vllm_glm_patch.upstream import Upstream
 
 
@@ -26,17 +27,31 @@ class Callers:
     """Regular expression for the text of the called expression."""
     by_name: str = ""
     """Where set, the call names the method as its first argument and passes nothing to it."""
+    word: str = ""
+    """What every file with such a call contains; by default the last word of `called`."""
 
 
 _WORKERS = Callers("v1/**/*.py", r"(?:self\.)?(?:\w+\.)*collective_rpc", by_name="compile_or_warm_up_model")
-CALLERS: Mapping[str, Callers] = {
-    "grouped-gemm": Callers("**/*.py", r"(?:custom_ops\.|ops\.)?cutlass_moe_mm"),
-    "quantise": Callers("**/*.py", r"(?:custom_ops\.|ops\.)?scaled_fp8_quant"),
-    "run": Callers("model_executor/layers/fused_moe/**/*.py", r"run_cutlass_moe_fp8"),
-    "apply": Callers("model_executor/layers/fused_moe/modular_kernel.py", r"self\.fused_experts\.apply"),
-    "scheduler": Callers("v1/engine/core.py", r"Scheduler"),
-    "worker": _WORKERS,
+_LAYERS = "model_executor/layers"
+CALLERS: Mapping[str, tuple[Callers, ...]] = {
+    "grouped-gemm": (Callers("**/*.py", r"(?:custom_ops\.|ops\.)?cutlass_moe_mm"),),
+    "quantise": (Callers("**/*.py", r"(?:custom_ops\.|ops\.)?scaled_fp8_quant"),),
+    "run": (Callers(f"{_LAYERS}/fused_moe/**/*.py", r"run_cutlass_moe_fp8"),),
+    "apply": (Callers(f"{_LAYERS}/fused_moe/modular_kernel.py", r"self\.fused_experts\.apply"),),
+    "modular-kernel": (
+        Callers(f"{_LAYERS}/fused_moe/cutlass_moe.py", r"fn"),
+        Callers(
+            f"{_LAYERS}/quantization/compressed_tensors/**/compressed_tensors_moe*.py",
+            r"self\.(?:kernel|moe_mk|moe_kernel\.apply)",
+            word="self.",
+        ),
+    ),
+    "scheduler": (Callers("v1/engine/core.py", r"Scheduler"),),
+    "worker": (_WORKERS,),
+    "profile": (Callers("v1/executor/**/*.py", r"(?:self\.)?(?:\w+\.)*collective_rpc", by_name="determine_available_memory"),),
 }
+OPAQUE = ("moe_forward", "moe_forward_shared")
+"""The operators of vLLM inside of which a compiled model runs its MoE layers, so that nothing there is traced."""
 OPERATOR = "torch.ops._C.dynamic_per_token_scaled_fp8_quant"
 """The operator of vLLM that a fix calls itself."""
 CONFIG_FIELDS = ("max_num_batched_tokens", "max_num_scheduled_tokens", "enable_chunked_prefill", "chunked_prefill_enabled")
@@ -104,6 +119,9 @@ class Record:
     """By file, the parameters of ``_dummy_run`` of each model runner."""
     operator_arguments: int
     """How many arguments the release passes to `OPERATOR`."""
+    moe: Mapping[str, tuple[str, ...]]
+    """What the adapters go by: ``prepare`` and ``experts``, those of their classes that the release has, ``description``,
+    the attributes of its FusedMoEQuantConfig, and ``opaque``, those of `OPAQUE` that its layers call."""
     missing: tuple[str, ...]
     """Those of `OBSERVED` that it does not have, and functions that cannot be found or are called nowhere."""
 
@@ -115,7 +133,7 @@ class Record:
         runs = {file: _parameters(rows) for file, rows in table["dummy_runs"].items()}
         return cls(
             table["version"], tuple(map(_function, table["functions"])), tuple(table["config_fields"]), runs,
-            table["operator_arguments"], tuple(table["missing"]),
+            table["operator_arguments"], {key: tuple(names) for key, names in table["moe"].items()}, tuple(table["missing"]),
         )  # fmt: skip
 
 
@@ -147,7 +165,7 @@ def read(folder: Path, version: str) -> Record:
     operator = list(source.calls(Callers("_custom_ops.py", re.escape(OPERATOR))))
     return Record(
         version, tuple(functions), _config_fields(source), dict(_dummy_runs(source)),
-        len(operator[0].positional) if operator else 0, tuple(missing),
+        len(operator[0].positional) if operator else 0, _moe(source), tuple(missing),
     )  # fmt: skip
 
 
@@ -178,7 +196,7 @@ class _Source:
 
     def calls(self, callers: Callers) -> Iterator[Call]:
         """The calls whose arguments the source spells out; one with ``*`` or ``**`` shows nothing and is left out."""
-        word = callers.by_name or re.split(r"[^\w]", callers.called)[-1]
+        word = callers.word or callers.by_name or re.split(r"[^\w]", callers.called)[-1]
         for file in self.files(callers.files, word):
             name = file.relative_to(self.root.parent).as_posix()
             for node in ast.walk(self.tree(file)):
@@ -192,7 +210,7 @@ def _read_site(source: _Source, patch: str, site: catalog.Site) -> Function | No
     node = source.definition(site.module, site.name)
     if node is None:
         return None
-    calls = tuple(source.calls(CALLERS[site.role])) if site.role in CALLERS else ()
+    calls = tuple(call for callers in CALLERS.get(site.role, ()) for call in source.calls(callers))
     assigned = {
         target.attr
         for inner in ast.walk(node)
@@ -238,6 +256,30 @@ def _by_name(file: str, node: ast.Call, name: str) -> Call | None:
     names_it = bool(node.args) and isinstance(node.args[0], ast.Constant) and node.args[0].value == name
     passes = len(node.args) > 1 or any(k.arg in ("args", "kwargs", None) for k in node.keywords)
     return Call(file, (), {}) if names_it and not passes else None
+
+
+def _moe(source: _Source) -> dict[str, tuple[str, ...]]:
+    classes: dict[str, ast.ClassDef] = {}
+    called: set[str] = set()
+    for file in source.files("model_executor/layers/fused_moe/**/*.py", ""):
+        text = file.read_text(encoding="utf-8")
+        called |= {name for name in OPAQUE if re.search(rf"torch\.ops\.vllm\.{name}\b", text)}
+        if any(f"class {name}" in text for name in (*PREPARE, *EXPERTS, "FusedMoEQuantConfig")):
+            classes |= {node.name: node for node in source.tree(file).body if isinstance(node, ast.ClassDef)}
+    described = classes.get("FusedMoEQuantConfig")
+    attributes: set[str] = set()
+    for node in described.body if described else []:
+        if isinstance(node, ast.FunctionDef):  # properties, most of them
+            attributes.add(node.name)
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            attributes.add(node.target.id)
+    read = ("w1_scale", "w2_scale", *NEEDED, *MUST_BE_NONE, *NEITHER)
+    return {
+        "prepare": tuple(name for name in PREPARE if name in classes),
+        "experts": tuple(name for name in EXPERTS if name in classes),
+        "description": tuple(name for name in read if name in attributes),
+        "opaque": tuple(sorted(called)),
+    }
 
 
 def _config_fields(source: _Source) -> tuple[str, ...]:

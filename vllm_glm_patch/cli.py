@@ -8,7 +8,7 @@ from typing import Optional
 import typer
 
 from .errors import UserError
-from .tools import apply_source, bench, diagnose, doctor, fence, model, patches, scan, verify
+from .tools import apply_source, bench, diagnose, doctor, fence, model, patches, scan, tune, verify
 from .version import __version__
 
 EXIT_CODES = """Exit codes of every command:
@@ -35,6 +35,7 @@ app.command("model")(model.command)
 app.command("verify")(verify.command)
 app.command("fence")(fence.command)
 app.command("diagnose")(diagnose.command)
+app.command("tune")(tune.command)
 app.add_typer(bench.app, name="bench")
 
 

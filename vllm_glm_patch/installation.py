@@ -74,7 +74,7 @@ class _Installation:
             if self.found and self.watch is None:
                 self._watch_configuration(self.found)
             decisions = catalog.decide(self.found, settings) if self.found else []
-            self.decisions = {decision.id: self._kept(decision) for decision in decisions}
+            self.decisions = {decision.id: self._kept(asked(decision, settings)) for decision in decisions}
             for patch_id in [i for i in self.changes if self.state_of(i) != catalog.APPLY]:
                 self.undo(patch_id)
             self._refuse_in_strict_mode()
@@ -164,6 +164,15 @@ class _Installation:
         sites = tuple((str(r.site), r.state) for r in change.replacements)
         title = decision.patch.title if decision.patch else ""
         return PatchStatus(decision.id, APPLIED, title, sites)
+
+
+def asked(decision: catalog.Decision, settings: Settings) -> catalog.Decision:
+    """The decision after its fix was asked: it may have no use on this machine, or be switched off by a setting of its own."""
+    if decision.state != catalog.APPLY or decision.patch is None:
+        return decision
+    declines = getattr(importlib.import_module(decision.patch.fix), "declines", None)
+    answer = declines(settings) if declines is not None else None
+    return decision if answer is None else catalog.Decision(decision.id, answer[0], answer[1], decision.patch)
 
 
 _STRICT_HINT = "vLLM runs on without it; set VLLM_GLM_PATCH_STRICT=1 to refuse to start instead."

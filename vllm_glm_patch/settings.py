@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 from .errors import UserError
@@ -12,6 +13,7 @@ from .errors import UserError
 PREFIX = "VLLM_GLM_PATCH"
 CONFIG_KEY = "glm_patch"
 CACHE = f"{PREFIX}_CACHE"  # no setting: moe/hopper/cache.py reads it, where it is needed
+MOE_BACKENDS = ("auto", "triton", "upstream")
 SHAPE_POLICIES = ("auto", "captured", "guarded", "off")
 _TRUE = ("1", "true", "yes", "on")
 _FALSE = ("0", "false", "no", "off", "")
@@ -36,6 +38,10 @@ class Settings:
     """What to do with the step of exactly max_num_batched_tokens; one of `SHAPE_POLICIES`."""
     compile_full_step: bool = field(default=False, metadata={"env": f"{PREFIX}_COMPILE_FULL_STEP"})
     """True adds the full-budget step to vLLM's compile_sizes (policy `captured` only)."""
+    moe_backend: str = field(default="auto", metadata={"env": f"{PREFIX}_MOE"})
+    """Which kernel serves FP8 MoE layers (patch `fused-moe`); one of `MOE_BACKENDS`."""
+    tuned_dir: str = field(default="", metadata={"env": f"{PREFIX}_TUNED_DIR"})
+    """The folder of the user's tuned tables; empty: `tables()` says where."""
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> Settings:
@@ -74,6 +80,14 @@ class Settings:
         """These settings with `given` checked and put in; `called` says how to name each key in an error."""
         parsed: dict[str, Any] = {key: _PARSERS[key](value, called[key]) for key, value in given.items()}
         return replace(self, **parsed)
+
+    def tables(self) -> Path | None:
+        """The folder of the user's tuned tables, whether or not it exists; None for a user without a home."""
+        chosen = self.tuned_dir or f"{os.environ.get('XDG_CONFIG_HOME') or '~/.config'}/vllm-glm-patch/tuned"
+        try:
+            return Path(chosen).expanduser()
+        except RuntimeError:
+            return None
 
     def environment(self) -> dict[str, str]:
         """The same settings as environment variables, for child processes."""
@@ -116,6 +130,19 @@ def _policy(value: Any, called: str) -> str:
     return text
 
 
+def _backend(value: Any, called: str) -> str:
+    text = str(value).strip().lower()
+    if text not in MOE_BACKENDS:
+        raise UserError(f"{called} is {value!r}; allowed values: {', '.join(MOE_BACKENDS)}.")
+    return text
+
+
+def _folder(value: Any, called: str) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{called} is {value!r}; it must be the path of a folder.")
+    return value.strip()
+
+
 def _text(value: Any) -> str:
     if isinstance(value, bool):
         return "1" if value else "0"
@@ -128,4 +155,6 @@ _PARSERS = {
     "disable": _ids,
     "shape_policy": _policy,
     "compile_full_step": _flag,
+    "moe_backend": _backend,
+    "tuned_dir": _folder,
 }

@@ -9,20 +9,14 @@ import sys
 import pytest
 
 from vllm_glm_patch.moe import dispatch
-from vllm_glm_patch.moe.dispatch import Card, Config, choose, default_config, tables
-from vllm_glm_patch.moe.problem import Problem
+from vllm_glm_patch.moe.dispatch import Card, Config, choose, default_config
+from vllm_glm_patch.moe.problem import GLM_SHAPES
 from vllm_glm_patch.moe.workspace import layout
 
 H100 = Card("NVIDIA H100 80GB HBM3", 132, 232448, (9, 0))
 H20 = Card("NVIDIA H20", 78, 232448, (9, 0))
 COUNTS = [1, 2, 3, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384]
-SHAPES = {
-    "TP8": Problem(1, intermediate_size=192),
-    "TP4": Problem(1, intermediate_size=384),
-    "TP2": Problem(1, intermediate_size=768),
-    "TP1": Problem(1, intermediate_size=1536),
-    "EP8": Problem(1, intermediate_size=1536, experts=20),
-}
+SHAPES = GLM_SHAPES
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -48,44 +42,6 @@ def test_resident_and_fused_kernels_are_chosen_only_where_a_row_fits() -> None:
                 assert dispatch.fits_resident(problem.intermediate_size)
             if config.path == "grouped" and config.gemm2.kind == "fused":
                 assert config.gemm2.slice & (config.gemm2.slice - 1) == 0
-
-
-def test_the_nearest_count_of_the_cards_own_table_is_used(monkeypatch) -> None:
-    marked = {str(count): Config(pairs=dispatch.Pairs(columns1=count), path="pairs").to_dict() for count in (4, 64)}
-    shape = SHAPES["TP8"].shape_key
-    table = {"card": H100.name, "multiprocessors": 132, "capability": [9, 0], "shapes": {shape: marked}}
-    monkeypatch.setattr(dispatch, "tables", lambda: (table,))
-    choose.cache_clear()
-    try:
-        for tokens, nearest in ((2, 4), (8, 4), (32, 64), (100, 64)):
-            problem = dataclasses.replace(SHAPES["TP8"], tokens=tokens)
-            assert choose(problem, H100).pairs.columns1 == nearest
-            assert choose(problem, Card("NVIDIA H200", 132, 232448, (9, 0))).pairs.columns1 == nearest
-            assert choose(problem, H20) == default_config(problem, H20)
-    finally:
-        choose.cache_clear()
-
-
-def test_an_entry_does_not_serve_counts_beyond_twice_or_below_half_its_own(monkeypatch) -> None:
-    marked = {str(count): Config(pairs=dispatch.Pairs(columns1=count), path="pairs").to_dict() for count in (4, 64)}
-    shape = SHAPES["TP8"].shape_key
-    table = {"card": H100.name, "multiprocessors": 132, "capability": [9, 0], "shapes": {shape: marked}}
-    monkeypatch.setattr(dispatch, "tables", lambda: (table,))
-    choose.cache_clear()
-    try:
-        for tokens in (1, 9, 31, 129, 9000):
-            problem = dataclasses.replace(SHAPES["TP8"], tokens=tokens)
-            assert choose(problem, H100) == default_config(problem, H100)
-    finally:
-        choose.cache_clear()
-
-
-def test_shipped_tables_can_be_read() -> None:
-    for table in tables():
-        for configs in table["shapes"].values():
-            for count, config in configs.items():
-                assert int(count) > 0
-                Config.from_dict(config)
 
 
 def test_importing_the_package_loads_neither_torch_nor_triton() -> None:

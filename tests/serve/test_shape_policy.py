@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from runs import LENGTHS, Rooms, Served, config
 
@@ -62,6 +64,13 @@ def test_the_table_of_patches_is_logged_once(run: str, request: pytest.FixtureRe
     log = request.getfixturevalue(run).log
     assert log.count(TABLE) == 1
     assert sum("full-step " in line and " applied " in line for line in log.splitlines()) == 1
+
+
+@pytest.mark.skipif(any(Path("/dev").glob("nvidia*")), reason="there is a card")
+def test_the_moe_kernel_has_no_use_without_a_card_and_says_so(captured: Served) -> None:
+    (line,) = (line for line in captured.log.splitlines() if "  fused-moe " in line)
+    assert "not needed" in line and "this machine has no NVIDIA card" in line
+    assert "Fused MoE: " not in captured.log
 
 
 def test_additional_config_does_what_the_environment_does(rooms: Rooms, guarded: Served) -> None:

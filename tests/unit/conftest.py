@@ -12,15 +12,19 @@ import pytest
 
 import vllm_glm_patch
 from vllm_glm_patch import installation
+from vllm_glm_patch.fixes import fused_moe
+from vllm_glm_patch.moe import backends
 from vllm_glm_patch.settings import PREFIX
 
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No switches in the environment, and nothing patched before or after a test."""
+    """No switches in the environment, nothing patched before or after a test, a card that seems to be there, no preference."""
+    monkeypatch.setattr(fused_moe, "has_card", lambda: True)
     for name in [n for n in os.environ if n.startswith((PREFIX, "_GLM_PATCH"))]:
         monkeypatch.delenv(name)
     monkeypatch.setattr(installation, "_installation", installation._Installation())
+    backends.prefer(backends.AUTO)
     yield
     vllm_glm_patch.uninstall()
     for name in [n for n in os.environ if n.startswith((PREFIX, "_GLM_PATCH"))]:

@@ -50,6 +50,9 @@ class Scheduler:
 class Worker:
     def compile_or_warm_up_model(self):
         return "warm"
+
+    def determine_available_memory(self):
+        return 4096
 """,
     "v1/worker/cpu_worker.py": """
 class CPUWorker:
@@ -70,6 +73,18 @@ class CutlassExpertsFp8Base:
               apply_router_weight_on_input):
         calls.append((topk_ids, topk_weights, a1q_scale))
         output.fill_(1)
+""",
+    "model_executor/layers/fused_moe/modular_kernel.py": """
+class FusedMoEModularKernel:
+    def forward(self, hidden_states, w1, w2, topk_weights, topk_ids, inplace=False, activation="silu",
+                global_num_experts=-1, expert_map=None, apply_router_weight_on_input=False):
+        return "vLLM's"
+
+
+class FusedMoEKernel:
+    def apply(self, hidden_states, w1, w2, topk_weights, topk_ids, activation, global_num_experts, expert_map,
+              apply_router_weight_on_input, shared_experts_input=None):
+        return "vLLM's"
 """,
     "engine/arg_utils.py": """
 class EngineArgs:

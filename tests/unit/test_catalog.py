@@ -90,8 +90,13 @@ def test_switches_turn_off_all_or_one(fake: Fake) -> None:
     assert set(states(Settings(enabled=False)).values()) == {SWITCHED_OFF}
     one = states(Settings(disable=("routing-ids",)))
     assert one.pop("routing-ids") == SWITCHED_OFF
-    assert one.pop("fused-moe") == NOT_MADE
     assert set(one.values()) == {APPLY}
+
+
+def test_an_entry_without_a_fix_is_not_in_this_release(fake: Fake) -> None:
+    entry = fake("0.11.0") / "fused-moe.toml"
+    entry.write_text(entry.read_text().replace('fix = "vllm_glm_patch.fixes.fused_moe"', 'fix = ""'))
+    assert states()["fused-moe"] == NOT_MADE
 
 
 def test_a_changed_function_is_refused_and_the_others_are_not(fake: Fake, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import typer
 from vllm_glm_patch import Settings, catalog
 from vllm_glm_patch.cli import app
 from vllm_glm_patch.fence.options import PREFIX as FENCE
-from vllm_glm_patch.settings import CACHE, SHAPE_POLICIES, names
+from vllm_glm_patch.settings import CACHE, MOE_BACKENDS, SHAPE_POLICIES, names
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -67,7 +67,9 @@ def unknown_variables(text: str) -> set[str]:
     return {name for name in _VARIABLE.findall(text) if name not in known and not name.startswith(FENCE)}
 
 
-@pytest.mark.parametrize("wanted", [names(), VARIABLES, SHAPE_POLICIES], ids=["keys", "variables", "policies"])
+@pytest.mark.parametrize(
+    "wanted", [names(), VARIABLES, SHAPE_POLICIES, MOE_BACKENDS], ids=["keys", "variables", "policies", "backends"]
+)
 @pytest.mark.parametrize("document", [USAGE, README], ids=lambda file: file.name)
 def test_every_setting_is_explained(document: Path, wanted: tuple[str, ...]) -> None:
     assert not not_in_code(wanted, document.read_text(encoding="utf-8"))

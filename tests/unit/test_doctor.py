@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def test_nothing_in_the_way_leaves_with_0(fake: Fake) -> None:
     fake("0.11.0")
     told = run("doctor", "--json").json()
     assert told["problems"] == []
-    assert {patch["state"] for patch in told["patches"]} == {catalog.APPLY, catalog.NOT_MADE}
+    assert {patch["state"] for patch in told["patches"]} == {catalog.APPLY}
     assert run("doctor").code == 0
 
 
@@ -187,3 +188,10 @@ def test_a_failing_nvidia_smi_is_quoted_and_not_in_the_way(fake: Fake, tmp_path:
     result = run("doctor", "--json")
     assert result.code == 0
     assert "exit code 18 and said: Driver/library version mismatch" in result.json()["no_cards"]
+
+
+def test_what_is_made_faster_is_told_with_its_state_here(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake("0.11.0")
+    assert re.search(r"fused-moe +applied when vLLM starts", run("doctor", "--plain").out)
+    monkeypatch.setenv("VLLM_GLM_PATCH_MOE", "upstream")
+    assert re.search(r"fused-moe +switched off +VLLM_GLM_PATCH_MOE=upstream", run("doctor", "--plain").out)

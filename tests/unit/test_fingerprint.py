@@ -13,6 +13,8 @@ from vllm_glm_patch import catalog, upstream
 
 SCHEDULER = "class Scheduler:\n    def __init__(self, vllm_config):\n        self.budget = {budget}\n"
 WORKER = "class {name}:\n    def compile_or_warm_up_model(self):\n        return {budget}\n"
+MEMORY = "    def determine_available_memory(self):\n        return 0\n"
+KERNEL = "class FusedMoEKernel:\n    def apply(self, hidden_states):\n        return hidden_states\n"
 
 
 @pytest.fixture
@@ -31,9 +33,10 @@ def call(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 def write_source(tree: Path, *, scheduler: bool = True) -> None:
-    """A release whose three functions of full-step are written by the test."""
+    """A release whose functions of full-step and fused-moe are written by the test."""
     files = {
-        "v1/worker/gpu_worker.py": WORKER.format(name="Worker", budget=1),
+        "v1/worker/gpu_worker.py": WORKER.format(name="Worker", budget=1) + MEMORY,
+        "model_executor/layers/fused_moe/modular_kernel.py": KERNEL,
         "v1/worker/cpu_worker.py": WORKER.format(name="CPUWorker", budget=1),
         **({"v1/core/sched/scheduler.py": SCHEDULER.format(budget=1)} if scheduler else {}),
     }

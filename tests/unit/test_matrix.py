@@ -14,6 +14,7 @@ import torch
 from tools import matrix_calls, matrix_source
 from tools.matrix_source import Call, Record, Value
 from vllm_glm_patch import catalog
+from vllm_glm_patch.adapters import conditions
 from vllm_glm_patch.fixes import full_step, routing_ids, scale_slack
 
 STORED = sorted((Path(__file__).parent / "data" / "calls").glob("*.json"))
@@ -37,7 +38,7 @@ def test_every_replacement_keeps_its_promise_as_this_release_calls_it(version: s
 def test_releases_of_every_way_to_call_the_moe_layer_are_stored() -> None:
     assert {"0.10.1.1", "0.10.2", "0.17.1", "0.32.0"} <= {file.stem for file in STORED}
     assert {function.role for version in ("0.10.1.1", "0.17.1") for function in load(version).functions} == {
-        "scheduler", "worker", "apply", "run", "grouped-gemm", "quantise",
+        "scheduler", "worker", "apply", "run", "grouped-gemm", "quantise", "modular-kernel", "profile",
     }  # fmt: skip
 
 
@@ -85,6 +86,33 @@ def test_ids_that_are_not_guarded_are_found(monkeypatch: pytest.MonkeyPatch, ver
 
     monkeypatch.setattr(routing_ids, "sanitise", nothing)
     assert any("ids out of range arrive" in problem for problem in matrix_calls.check(load(version)).problems)
+
+
+@pytest.mark.parametrize("version", ["0.10.1.1", "0.17.1", "0.32.0"])
+def test_a_moe_layer_that_is_not_served_or_served_wrongly_is_found(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    monkeypatch.setattr(conditions, "why_not", lambda call, option: "never")
+    assert any("AttributeError" in p or "not served" in p or "served the layer" in p for p in problems_of(load(version)))
+    monkeypatch.setattr(conditions, "why_not", lambda call, option: None)
+    assert any("is not left to vLLM" in problem for problem in problems_of(load(version)))
+
+
+@pytest.mark.parametrize(
+    ("what", "complaint"),
+    [
+        ("prepare", "every layer would be left to vLLM"),
+        ("experts", "every layer would be left to vLLM"),
+        ("description", "FusedMoEQuantConfig has only"),
+        ("opaque", "not in an opaque operator"),
+    ],
+)
+def test_a_release_without_what_the_adapters_go_by_is_found(what: str, complaint: str) -> None:
+    record = load("0.17.1")
+    without = replace(record, moe={**record.moe, what: ()})
+    assert any(complaint in problem for problem in problems_of(without))
+
+
+def problems_of(record: Record) -> tuple[str, ...]:
+    return matrix_calls.check(record).problems
 
 
 def changed(record: Record, which: str, **more: Any) -> Record:

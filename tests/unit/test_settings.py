@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from vllm_glm_patch.catalog import patch_ids
 from vllm_glm_patch.errors import UserError
-from vllm_glm_patch.settings import SHAPE_POLICIES, Settings, names
+from vllm_glm_patch.settings import MOE_BACKENDS, SHAPE_POLICIES, Settings, names
 
 settings_objects = st.builds(
     Settings,
@@ -17,6 +17,8 @@ settings_objects = st.builds(
     disable=st.lists(st.sampled_from(patch_ids()), unique=True).map(tuple),
     shape_policy=st.sampled_from(SHAPE_POLICIES),
     compile_full_step=st.booleans(),
+    moe_backend=st.sampled_from(MOE_BACKENDS),
+    tuned_dir=st.text("abc/~_. ", max_size=20).map(str.strip),
 )
 
 
@@ -91,3 +93,20 @@ def test_a_wrong_configuration_is_named(config: object, told: str) -> None:
     with pytest.raises(UserError, match="glm_patch") as error:
         Settings().with_config({"glm_patch": config})
     assert told in str(error.value)
+
+
+def test_the_users_tables_lie_where_they_are_told_to_or_in_the_users_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+    assert str(Settings().tables()) == "/home/somebody/.config/vllm-glm-patch/tuned"
+    assert str(Settings(tuned_dir="~/tuned").tables()) == "/home/somebody/tuned"
+    monkeypatch.setenv("XDG_CONFIG_HOME", "/etc/xdg")
+    assert str(Settings().tables()) == "/etc/xdg/vllm-glm-patch/tuned"
+    monkeypatch.setattr("pathlib.Path.expanduser", lambda self: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert Settings().tables() is None
+
+
+@pytest.mark.parametrize(("name", "value"), [("moe_backend", "cutlass"), ("tuned_dir", 5)])
+def test_a_wrong_backend_or_folder_is_named(name: str, value: object) -> None:
+    with pytest.raises(UserError, match=f"{name!r} is {value!r}"):
+        Settings().with_config({"glm_patch": {name: value}})

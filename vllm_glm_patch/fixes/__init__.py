@@ -26,7 +26,8 @@ class Context:
 
 
 class Fix(Protocol):
-    """The shape of a fix module."""
+    """The shape of a fix module. It may also offer `on_engine_config(context, vllm_config)`, and `declines(settings)`: a
+    state and a reason where the patch has no use on this machine, or where a setting of its own switches it off."""
 
     def replacements(self, context: Context) -> Mapping[str, Factory]:
         """A factory for each role."""

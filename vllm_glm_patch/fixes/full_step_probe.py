@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .arguments import Arguments
+from ..arguments import Arguments
 
 if TYPE_CHECKING:
     import torch
@@ -54,10 +54,10 @@ class Probe:
             # One of the first two columns is rows an expert, the other the width; which one depends on swap_ab.
             rows = problem_sizes[:, :2].amin(dim=0)
             self.loads.append(problem_sizes[:, int(rows.argmin())].clone())
-        _wait(problem_sizes)  # a fault of an earlier kernel shows here, and is not this one's
+        wait(problem_sizes)  # a fault of an earlier kernel shows here, and is not this one's
         try:
             result = original(*args, **kwargs)
-            _wait(problem_sizes)
+            wait(problem_sizes)
         except RuntimeError as error:
             raise KernelFailed(f"{kernel} over {problem_sizes.shape[0]} experts: {_first_line(error)}") from error
         return result
@@ -113,7 +113,8 @@ def _seen_by(probe: Probe, original: Any) -> Any:
     return cutlass_moe_mm
 
 
-def _wait(tensor: torch.Tensor) -> None:
+def wait(tensor: torch.Tensor) -> None:
+    """Wait for the device of a tensor."""
     if tensor.is_cuda:
         import torch
 

@@ -10,8 +10,8 @@ import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..arguments import Arguments
 from . import Context, Factory, full_step_probe
-from .arguments import Arguments
 
 if TYPE_CHECKING:
     import torch

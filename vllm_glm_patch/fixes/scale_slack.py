@@ -10,8 +10,8 @@ import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..arguments import Arguments
 from . import Context, Factory
-from .arguments import Arguments
 
 if TYPE_CHECKING:
     import torch

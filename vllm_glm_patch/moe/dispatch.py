@@ -1,37 +1,29 @@
-"""Which kernels, tiles and stages serve a shape: from a tuned table of the card, else from rules of thumb.
+"""Which kernels, tiles and stages serve a shape: from a tuned table (tables.py), else from rules of thumb.
 
-A table is `tuned/<card>.json`, made by `tune.py`: {"card", "multiprocessors", "torch", "triton", "shapes": {shape key:
-{token count: config}}}. An entry serves token counts up to twice and down to half its own; between entries farther apart
-the rules below apply. A card without a table borrows the table of a card with as many multiprocessors of the same
-compute capability (H200 and H800 have H100's 132); failing that (H20 has 78) the rules below apply.
+An entry serves token counts up to twice and down to half its own; between entries farther apart the rules below apply.
 """
 
 from __future__ import annotations
 
 import functools
-import json
-import math
 import os
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
+from . import tables
 from .problem import Problem
-
-TABLES = Path(__file__).parent / "tuned"
-# How far an entry of a table reaches, as a ratio of token counts: rows an expert, and with them the best tile, change by
-# as much.
-REACH = 2.0
 
 
 @dataclass(frozen=True)
 class Card:
-    """What is read from the device. `shared_memory`: bytes one block may use."""
+    """What is read from the device. `shared_memory`: bytes one block may use. `index`: its number, None for a stand-in;
+    two cards of the same make are equal."""
 
     name: str
     multiprocessors: int
     shared_memory: int
     capability: tuple[int, int]
+    index: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -124,9 +116,10 @@ class Config:
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Config:
-        """Inverse of to_dict. Raises TypeError on a key this release does not know."""
+        """Inverse of to_dict; "backend" may stand beside it. Raises TypeError on a key this release does not know."""
         parts = {"pairs": Pairs, "gemm1": Gemm1, "gemm2": Gemm2, "sum": Sum}
-        return Config(**{key: parts[key](**value) if key in parts else value for key, value in data.items()})
+        given = {key: value for key, value in data.items() if key != "backend"}
+        return Config(**{key: parts[key](**value) if key in parts else value for key, value in given.items()})
 
 
 @functools.cache
@@ -138,7 +131,7 @@ def read_card(index: int | None) -> Card:
 
     properties = torch.cuda.get_device_properties(index)
     shared = getattr(properties, "shared_memory_per_block_optin", 101376)
-    return Card(properties.name, properties.multi_processor_count, shared, (properties.major, properties.minor))
+    return Card(properties.name, properties.multi_processor_count, shared, (properties.major, properties.minor), index)
 
 
 @functools.cache
@@ -171,37 +164,16 @@ def fits_resident(intermediate_size: int) -> bool:
     return 32 <= intermediate_size <= 512
 
 
-@functools.cache
-def tables() -> tuple[dict[str, Any], ...]:
-    """All tables of this installation."""
-    return tuple(json.loads(path.read_text()) for path in sorted(TABLES.glob("*.json")))
-
-
-def _table_for(card: Card) -> dict[str, Any] | None:
-    for table in tables():
-        if table["card"] == card.name:
-            return table
-    for table in tables():
-        if table["multiprocessors"] == card.multiprocessors and tuple(table["capability"]) == card.capability:
-            return table
-    return None
-
-
 @functools.lru_cache(maxsize=4096)
 def choose(problem: Problem, card: Card) -> Config:
-    """The configuration for a problem on a card."""
-    table = _table_for(card)
-    shapes = table["shapes"].get(problem.shape_key) if table else None
-    if not shapes:
-        return default_config(problem, card)
+    """The configuration of the Triton kernels for a problem on a card."""
+    entry = tables.entry(problem, card)
+    if entry is not None and entry.get("backend", "triton") == "triton":
+        return Config.from_dict(entry)
+    return default_config(problem, card)
 
-    def distance(count: str) -> float:
-        return abs(math.log(int(count) / max(problem.tokens, 1)))
 
-    nearest = min(shapes, key=distance)
-    if distance(nearest) > math.log(REACH) + 1e-9:
-        return default_config(problem, card)
-    return Config.from_dict(shapes[nearest])
+tables.when_changed(choose.cache_clear)
 
 
 def default_config(problem: Problem, card: Card) -> Config:

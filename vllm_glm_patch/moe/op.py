@@ -8,9 +8,12 @@ no look at any tensor's contents, memory from torch's allocator only.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
+from . import backends, tables
 from . import workspace as workspace_module
 from .dispatch import Card, Config, choose, read_card
 from .pipeline import Pass, Tensors
@@ -88,12 +91,19 @@ def _largest_need(problem: Problem, card: Card) -> int:
     largest = 0
     before: tuple[Problem, Config] | None = None
     for count in range(1, min(problem.tokens, workspace_module.TOKENS_PER_PASS) + 1):
-        part = _with_tokens(problem, count)
+        part = problem.with_tokens(count)
+        name = _backend(part, card)
+        if name != "triton":
+            largest = max(largest, RUNNERS[name].need(part, card))
+            continue
         config = choose.__wrapped__(part, card)
         if before is not None and before[1] != config:
             largest = max(largest, workspace_module.layout(*before).total)
         before = part, config
-    return max(largest, workspace_module.layout(*before).total) if before else 0
+    return max(largest, workspace_module.layout(*before).total) if before else largest
+
+
+tables.when_changed(_largest_need.cache_clear)
 
 
 def run(problem: Problem, config: Config, card: Card, tensors: Tensors, workspace: torch.Tensor) -> None:
@@ -101,15 +111,30 @@ def run(problem: Problem, config: Config, card: Card, tensors: Tensors, workspac
     Pass(problem, config, tensors, workspace, card.multiprocessors).run()
 
 
-def _with_tokens(problem: Problem, tokens: int) -> Problem:
-    return Problem(
-        tokens,
-        problem.hidden_size,
-        problem.intermediate_size,
-        problem.experts,
-        problem.global_experts,
-        problem.top_k,
-    )
+def _triton_need(problem: Problem, card: Card) -> int:
+    return workspace_module.layout(problem, choose(problem, card)).total
+
+
+def _triton_run(problem: Problem, card: Card, tensors: Tensors, workspace: torch.Tensor) -> None:
+    run(problem, choose(problem, card), card, tensors, workspace)
+
+
+@dataclass(frozen=True)
+class Runner:
+    """How one backend of backends.py runs one pass of up to TOKENS_PER_PASS tokens."""
+
+    need: Callable[[Problem, Card], int]
+    """Bytes of workspace."""
+    run: Callable[[Problem, Card, Tensors, torch.Tensor], None]
+
+
+RUNNERS: dict[str, Runner] = {"triton": Runner(_triton_need, _triton_run)}
+
+
+def _backend(problem: Problem, card: Card) -> str:
+    """The backend of ours that serves a problem. Whoever calls this operator has chosen it over upstream's kernel."""
+    name = backends.route(problem, card)
+    return "triton" if name == backends.UPSTREAM else name
 
 
 def _device_index(device: torch.device) -> int | None:
@@ -204,9 +229,9 @@ def _fused_moe_fp8_out(
     step = workspace_module.TOKENS_PER_PASS
     passes = []
     for first in range(0, whole.tokens, step):
-        part = _with_tokens(whole, min(step, whole.tokens - first))
-        passes.append((first, part, choose(part, card)))
-    need = max(workspace_module.layout(part, config).total for _, part, config in passes)
+        part = whole.with_tokens(min(step, whole.tokens - first))
+        passes.append((first, part, RUNNERS[_backend(part, card)]))
+    need = max(runner.need(part, card) for _, part, runner in passes)
     if workspace is None:
         workspace = torch.empty(need, dtype=torch.uint8, device=hidden_states.device)
     _require(
@@ -215,10 +240,10 @@ def _fused_moe_fp8_out(
         " size it by workspace_bytes()",
     )
     _require(workspace.data_ptr() % 16 == 0, "workspace must start at a multiple of 16 bytes (256 for full speed)")
-    for first, part, config in passes:
+    for first, part, runner in passes:
         rows = slice(first, first + part.tokens)
         tensors = Tensors(hidden_states[rows], w13, w2, *scales, topk_weights[rows], topk_ids[rows], expert_map, out[rows])
-        run(part, config, card, tensors, workspace)
+        runner.run(part, card, tensors, workspace)
 
 
 def _fused_moe_fp8(

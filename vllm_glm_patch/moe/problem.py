@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,10 @@ class Problem:
         """(token, chosen expert) pairs: tokens × top_k."""
         return self.tokens * self.top_k
 
+    def with_tokens(self, tokens: int) -> Problem:
+        """The same layer with another number of tokens."""
+        return replace(self, tokens=tokens)
+
     @property
     def shape_key(self) -> str:
         """Name of everything but the token count, as the tuned tables spell it."""
@@ -52,3 +56,13 @@ class Problem:
     def minimum_bytes(self) -> float:
         """Device-memory bytes no version can avoid: tokens in and out once (bf16), used weights once."""
         return 4.0 * self.tokens * self.hidden_size + self.active_experts() * self.expert_bytes
+
+
+GLM_SHAPES = {
+    "TP8": Problem(1, intermediate_size=192),
+    "TP4": Problem(1, intermediate_size=384),
+    "TP2": Problem(1, intermediate_size=768),
+    "TP1": Problem(1, intermediate_size=1536),
+    "EP8": Problem(1, intermediate_size=1536, experts=20),
+}
+"""GLM-4.6's MoE layer as one rank of a deployment has it: tensor parallel over 8, 4, 2, 1; expert parallel over 8."""

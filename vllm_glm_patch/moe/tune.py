@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import multiprocessing
 import os
 import time
@@ -23,9 +22,8 @@ from typing import Any
 
 import torch
 
-from . import generators
+from . import generators, tables
 from .dispatch import (
-    TABLES,
     Card,
     Config,
     Gemm1,
@@ -372,25 +370,40 @@ def dependent(timed: list[tuple[float, Config]], keep: int = 3) -> list[Config]:
     return list(dict.fromkeys(found))
 
 
-def tune(problems: Iterable[Problem], *, seconds: float, report: Report, seed: int = 0, folder: Path = TABLES) -> Path:
-    """Tune the current CUDA device for each problem and write or extend `<folder>/<card>.json`.
+def tune(
+    problems: Iterable[Problem],
+    *,
+    seconds: float,
+    report: Report,
+    seed: int = 0,
+    folder: Path = tables.SHIPPED,
+    path: Path | None = None,
+) -> Path:
+    """Tune the current CUDA device for each problem and write or extend a table.
 
     Args:
         problems: one for each shape and token count; counts of a shape in a row share its weights.
         seconds: wall-clock limit. What is tuned by then is written; the table grows with every further run.
-        report: called with each measurement as it is made.
+        report: called with each measurement as it is made, and with {"done": tokens, "shape": key} after each problem.
         seed: of the inputs.
+        folder: where ``<card>.json`` lies.
+        path: the table's file, instead of ``<folder>/<card>.json``.
 
     Returns:
         The table's path.
+
+    Raises:
+        ValueError: the file is there and is no table.
     """
     start = time.monotonic()
     card = read_card(torch.cuda.current_device())
+    path = tables.file_of(card.name, folder) if path is None else path
+    if path.exists():
+        tables.read(path)
     todo = list(problems)
     jobs = [(problem, config) for problem in todo for group in plans(problem, card).values() for _, config in group]
     counts = precompile(jobs, start + 0.4 * seconds)
     report({"precompile": counts, "jobs": len(set(jobs)), "seconds": round(time.monotonic() - start, 1)})
-    path = folder / f"{card.name.replace(' ', '_')}.json"
     weights_key = ""
     weights: generators.Weights | None = None
     for index, problem in enumerate(todo):
@@ -407,13 +420,14 @@ def tune(problems: Iterable[Problem], *, seconds: float, report: Report, seed: i
         config = tune_count(bench, report, now + 0.9 * left / (len(todo) - index))
         if config is not None:
             _extend(path, card, problem, config)
+        report({"done": problem.tokens, "shape": problem.shape_key, "found": config is not None})
     return path
 
 
 def _extend(path: Path, card: Card, problem: Problem, config: Config) -> None:
     import triton
 
-    table: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"shapes": {}}
+    table = tables.read(path) if path.exists() else {"shapes": {}}
     table |= {
         "card": card.name,
         "multiprocessors": card.multiprocessors,
@@ -423,8 +437,4 @@ def _extend(path: Path, card: Card, problem: Problem, config: Config) -> None:
     }
     counts = table["shapes"].setdefault(problem.shape_key, {})
     counts[str(problem.tokens)] = config.to_dict()
-    table["shapes"][problem.shape_key] = dict(sorted(counts.items(), key=lambda item: int(item[0])))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(table, indent=1) + "\n")
-    temporary.replace(path)
+    tables.write(path, table)

@@ -7,6 +7,7 @@ from typing import Any
 
 from ... import catalog
 from ...errors import UserError
+from ...installation import asked
 from ...settings import Settings
 from ...upstream import find_installed
 from ..output import Table
@@ -42,11 +43,13 @@ class Report:
         cards = [(card,) for card in self.cards] or [(f"none: {self.no_cards}",)]
         decided = {decision.id: decision for decision in self.decisions}
         defects = [(f.id, WORDS[f.present], *_patch_cells(decided.get(f.id), f)) for f in self.findings]
+        faster = [_faster_cells(d) for d in self.decisions if d.patch is not None and not d.patch.defect]
         plugins = [(p.name, p.group, p.package, "loaded" if p.loaded else "left out by VLLM_PLUGINS") for p in self.plugins]
         return [
             Table("Installed", ("", "", ""), self.packages),
             Table("Cards", ("",), cards),
             Table("Defects of this vLLM", ("defect", "here", "patch", "why"), defects or [("none known", "", "", "")]),
+            Table("Made faster", ("patch", "here", "what"), faster or [("nothing", "", "")]),
             Table(f"Settings. {IN_ADDITION}", ("setting", "value", "from"), self.settings),
             Table("Plugins of vLLM", ("name", "group", "package", "state"), plugins or [("none", "", "", "")]),
             Table("Verdict", ("",), [(problem,) for problem in self.problems] or [("Nothing is in the way.",)]),
@@ -83,7 +86,7 @@ def make() -> Report:
         cards=cards,
         no_cards=no_cards,
         findings=judge(installed(found, wanted_files())) if found else [],
-        decisions=catalog.decide(found, settings) if found and not settings_error else [],
+        decisions=[asked(d, settings) for d in catalog.decide(found, settings)] if found and not settings_error else [],
         settings=[] if settings_error else facts.setting_rows(settings),
         plugins=facts.plugins(),
         settings_error=settings_error,
@@ -102,6 +105,12 @@ def _patch_cells(decision: catalog.Decision | None, finding: Finding) -> tuple[s
     if decision.state in (catalog.REFUSED, catalog.SWITCHED_OFF):
         return decision.state, decision.reason
     return ("applied when vLLM starts" if decision.state == catalog.APPLY else decision.state), finding.why
+
+
+def _faster_cells(decision: catalog.Decision) -> tuple[str, str, str]:
+    if decision.state == catalog.APPLY:
+        return decision.id, "applied when vLLM starts", decision.patch.title if decision.patch else ""
+    return decision.id, decision.state, decision.reason
 
 
 def _problems_of_settings(report: Report) -> list[str]:

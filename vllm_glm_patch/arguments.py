@@ -15,6 +15,11 @@ class Arguments:
         self._position = {name: index for index, name in enumerate(parameters)}
         self._default = {name: parameter.default for name, parameter in parameters.items()}
 
+    @property
+    def names(self) -> frozenset[str]:
+        """The names of all parameters."""
+        return frozenset(self._position)
+
     def get(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The value of one argument, or its default.
 
