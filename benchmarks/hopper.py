@@ -2,7 +2,7 @@
 
     python benchmarks/hopper.py --build --check --out $OUT                  # every kernel, small shapes first
     python benchmarks/hopper.py --build --define GLM_WAIT_LIMIT=400000000LL --check --only row_c2 --out $OUT   # who hangs?
-    python benchmarks/hopper.py --out $OUT [--shapes TP8] [--tokens 8192,64] [--seconds 240]
+    python benchmarks/hopper.py --out $OUT [--shapes TP8] [--tokens 8192,64] [--seconds 420]
 
 The work is done in a child process: one that hangs or dies is killed, reported with the case it was at, and a new one
 goes on behind it. `$OUT/hopper.jsonl` has every line as data. Times are medians of CUDA-graph replays in microseconds,
