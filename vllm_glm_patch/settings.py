@@ -13,7 +13,7 @@ from .errors import UserError
 PREFIX = "VLLM_GLM_PATCH"
 CONFIG_KEY = "glm_patch"
 CACHE = f"{PREFIX}_CACHE"  # no setting: moe/hopper/cache.py reads it, where it is needed
-MOE_BACKENDS = ("auto", "triton", "upstream")
+MOE_BACKENDS = ("auto", "triton", "hopper", "upstream")
 SHAPE_POLICIES = ("auto", "captured", "guarded", "off")
 _TRUE = ("1", "true", "yes", "on")
 _FALSE = ("0", "false", "no", "off", "")

@@ -114,7 +114,7 @@ def test_what_is_shipped_gives_every_hopper_card_tiles_that_fit_its_shared_memor
         ("not json", "Expecting value"),
         ("[]", "has not the keys"),
         (json.dumps({**table(H100, {}), "shapes": {"E=1": {"64": {"path": "grouped", "nonsense": 1}}}}), "64 tokens.*nonsense"),
-        (json.dumps(table(H100, {64: {"backend": "cutlass"}})), "the backend 'cutlass' is not among triton, upstream"),
+        (json.dumps(table(H100, {64: {"backend": "cutlass"}})), "the backend 'cutlass' is not among triton, hopper, upstream"),
         (json.dumps(table(H100, {0: marked(1)})), "not an entry"),
     ],
     ids=["text", "list", "key", "backend", "count"],
@@ -198,7 +198,7 @@ def test_a_preference_goes_before_the_table_but_never_before_what_is_possible(tm
     assert route(dataclasses.replace(TP8, hidden_size=32768), H100) == UPSTREAM
     backends.prefer(UPSTREAM)
     assert route(TP8.with_tokens(64), H100) == UPSTREAM
-    with pytest.raises(ValueError, match="'cutlass' is not among auto, triton, upstream"):
+    with pytest.raises(ValueError, match="'cutlass' is not among auto, triton, hopper, upstream"):
         backends.prefer("cutlass")
 
 
@@ -216,3 +216,38 @@ def test_a_second_backend_needs_a_name_a_condition_and_entries(tmp_path: Path, m
     assert route(wide.with_tokens(8192), H100) == "triton"  # the entry's cannot
     backends.prefer("second")
     assert route(wide.with_tokens(8192), H100) == UPSTREAM
+
+
+def test_the_native_kernels_serve_where_they_are_asked_for_and_are_not_loaded_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_glm_patch.moe import op
+    from vllm_glm_patch.moe.hopper import backend as native
+
+    asked: list[str] = []
+    monkeypatch.setattr(native, "supports", lambda problem, device: not asked.append(device) and problem.hidden_size == 5120)
+    card = dataclasses.replace(H100, index=1)
+    assert route(TP8.with_tokens(300), card) == "triton" and not asked
+    told = {"gemm1": "glm_gemm1_row_c2", "gemm2": "glm_gemm2_sum_n128", "slice": 128, "slots": 4}
+    user(tmp_path, table(H100, {8192: {"backend": "hopper", "hopper": told}, 64: {"backend": "hopper"}}))
+    many, few = TP8.with_tokens(8192), TP8.with_tokens(64)
+    assert route(many, card) == "hopper" and asked == ["cuda:1"]
+    assert backends.configuration(many, card) == ("hopper", native.HopperConfig(**told))
+    assert native.choose(few, card) == native.default_config(few)
+    assert route(few, dataclasses.replace(card, index=None)) == "triton"  # no device to load them on
+    backends.prefer("hopper")
+    assert route(TP8.with_tokens(300), card) == "hopper"
+    assert route(dataclasses.replace(TP8, hidden_size=4096, tokens=300), card) == UPSTREAM
+    ran: list[object] = []
+    monkeypatch.setattr(native, "run", lambda *given: ran.append(given))
+    monkeypatch.setattr(native, "workspace_bytes", lambda problem, config: problem.tokens)
+    runner = op.RUNNERS["hopper"]
+    assert runner.need(many, card) == 8192
+    runner.run(many, card, "tensors", "space")  # type: ignore[arg-type]
+    assert ran == [(many, native.HopperConfig(**told), card, "tensors", "space")]
+
+
+def test_a_table_with_a_native_configuration_that_does_not_exist_is_left_out(tmp_path: Path) -> None:
+    bad = table(H100, {64: {"backend": "hopper", "hopper": {"gemm1": "a", "gemm2": "b", "tiles": 3}}})
+    with pytest.raises(ValueError, match=r"64 tokens.*tiles"):
+        tables.check(bad)

@@ -1,7 +1,7 @@
 """Who serves a problem: one of this package's backends, or the caller's own kernel. Chosen by sizes alone, on the host.
 
 A backend is named in tuned tables by its `name`. To add one: an entry in `BACKENDS`, its runner in op.py's `RUNNERS`, and
-entries {"backend": name, …} in the tables. Rules of thumb take the first backend that supports a problem.
+entries {"backend": name, …} in the tables. Without an entry the first backend that may and supports a problem serves it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .problem import Problem
 UPSTREAM = "upstream"
 """Not a backend of ours: the caller's own kernel."""
 AUTO = "auto"
-"""As the tuned tables say; without an entry the first backend that supports the problem."""
+"""As the tuned tables say; without an entry the first backend that may and supports the problem."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Backend:
     """Whether it can serve a problem on a card; `card.index` is the CUDA device. Asked for each token count once."""
     configuration: Callable[[Problem, Card], Hashable]
     """What it would run a problem with. Equal ones share their kernels, so that one call compiles or loads them."""
+    unasked: bool = True
+    """Whether it may serve without a table's entry and without being preferred."""
 
 
 def _triton_supports(problem: Problem, card: Card) -> bool:
@@ -36,7 +38,23 @@ def _triton_supports(problem: Problem, card: Card) -> bool:
     return card.capability == (9, 0) and problem.hidden_size <= 16384 and problem.experts < 1024 and problem.top_k <= 64
 
 
-BACKENDS: list[Backend] = [Backend("triton", _triton_supports, lambda problem, card: choose(problem, card))]
+def _hopper_supports(problem: Problem, card: Card) -> bool:
+    """Loads the native kernels; imported here, since whoever does not ask for them need not pay for them."""
+    from .hopper import backend
+
+    return card.index is not None and backend.supports(problem, f"cuda:{card.index}")
+
+
+def _hopper_configuration(problem: Problem, card: Card) -> Hashable:
+    from .hopper import backend
+
+    return backend.choose(problem, card)
+
+
+BACKENDS: list[Backend] = [
+    Backend("triton", _triton_supports, lambda problem, card: choose(problem, card)),
+    Backend("hopper", _hopper_supports, _hopper_configuration, unasked=False),
+]
 
 
 def names() -> tuple[str, ...]:
@@ -60,15 +78,22 @@ def prefer(wanted: str) -> None:
 @functools.lru_cache(maxsize=65536)
 def route(problem: Problem, card: Card) -> str:
     """The name of who serves a problem. A preferred backend that does not support it gives way to upstream."""
-    wanted = _preferred
-    able = [backend.name for backend in BACKENDS if backend.supports(problem, card)]
-    if wanted != AUTO:
-        return wanted if wanted in able else UPSTREAM
+    if _preferred == UPSTREAM:
+        return UPSTREAM
+    if _preferred != AUTO:
+        return _preferred if _supports(_preferred, problem, card) else UPSTREAM
     entry = tables.entry(problem, card)
     told = entry.get("backend", "triton") if entry else None
-    if told == UPSTREAM or not able:
+    if told == UPSTREAM:
         return UPSTREAM
-    return told if told in able else able[0]
+    if told is not None and _supports(told, problem, card):
+        return str(told)
+    able = (backend.name for backend in BACKENDS if backend.unasked and backend.supports(problem, card))
+    return next(able, UPSTREAM)
+
+
+def _supports(name: str, problem: Problem, card: Card) -> bool:
+    return any(backend.supports(problem, card) for backend in BACKENDS if backend.name == name)
 
 
 tables.when_changed(route.cache_clear)

@@ -128,7 +128,22 @@ class Runner:
     run: Callable[[Problem, Card, Tensors, torch.Tensor], None]
 
 
-RUNNERS: dict[str, Runner] = {"triton": Runner(_triton_need, _triton_run)}
+def _hopper_need(problem: Problem, card: Card) -> int:
+    from .hopper import backend
+
+    return backend.workspace_bytes(problem, backend.choose(problem, card))
+
+
+def _hopper_run(problem: Problem, card: Card, tensors: Tensors, workspace: torch.Tensor) -> None:
+    from .hopper import backend
+
+    backend.run(problem, backend.choose(problem, card), card, tensors, workspace)
+
+
+RUNNERS: dict[str, Runner] = {
+    "triton": Runner(_triton_need, _triton_run),
+    "hopper": Runner(_hopper_need, _hopper_run),
+}
 
 
 def _backend(problem: Problem, card: Card) -> str:

@@ -2,8 +2,9 @@
 
 A table is a JSON file, made by `tune.py`: {"card", "multiprocessors", "capability", "torch", "triton", "shapes": {shape key:
 {token count: entry}}}. An entry is a configuration of the Triton kernels (dispatch.Config). With the key "backend" it
-names who serves these counts instead: another backend of backends.py, or "upstream" where the caller's own kernel is
-faster. Tables of the user's folder go before those of the package, shape by shape.
+names who serves these counts instead: another backend of backends.py ("hopper", with its configuration under that name),
+or "upstream" where the caller's own kernel is faster. Tables of the user's folder go before those of the package, shape by
+shape.
 """
 
 from __future__ import annotations
@@ -119,6 +120,13 @@ def check(table: Any) -> None:
                 try:
                     Config.from_dict(entry)
                 except (TypeError, ValueError) as error:
+                    raise ValueError(f"{where}: {error}") from error
+            if "hopper" in entry:
+                from .hopper.backend import HopperConfig
+
+                try:
+                    HopperConfig(**entry["hopper"])
+                except TypeError as error:
                     raise ValueError(f"{where}: {error}") from error
 
 

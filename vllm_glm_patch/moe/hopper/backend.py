@@ -7,7 +7,7 @@ workspace (workspace.py). One C call launches the rest:
     many tokens, wider                   gemm1_columns · (Triton) requantise · gemm2_sum
     few tokens                           gemm1_decode · gemm2_decode · topk_sum
 
-Nothing chooses this backend by itself: `op.run` and `run` here take the same arguments but for the configuration.
+It serves where it is asked for, by the setting or by a tuned table (backends.py): no card has confirmed it yet.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .. import tables
 from ..dispatch import Card, Config, Gemm1, Gemm2
 from ..pipeline import Pass, Tensors
 from ..problem import Problem
@@ -89,6 +90,17 @@ def default_config(problem: Problem) -> HopperConfig:
     kind = "row" if problem.intermediate_size == ROW_WIDTH else "columns"
     # Two slots of 256 columns: 67 MB of partials at 8192 tokens × 8. More would not stay near L2, nor within the workspace.
     return HopperConfig(f"glm_gemm1_{kind}_c1", "glm_gemm2_sum_n256", 256, 2)
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(problem: Problem, card: Card) -> HopperConfig:
+    """The configuration for a problem: what a table's entry has under "hopper", else the rules of thumb."""
+    entry = tables.entry(problem, card)
+    told = entry.get("hopper") if entry is not None and entry.get("backend") == "hopper" else None
+    return HopperConfig(**told) if told else default_config(problem)
+
+
+tables.when_changed(choose.cache_clear)
 
 
 def triton_config(config: HopperConfig, native: Native) -> Config:
