@@ -36,7 +36,7 @@ def told() -> dict[str, Any]:
         pytest.skip("needs vLLM 0.26 or newer for the CPU; `make environment` installs one")
     variables = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_GLM_PATCH")}
     path = (os.environ.get("PYTHONPATH"), str(ROOT / "tests" / "unit"), str(ROOT))
-    variables |= {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, path))}
+    variables |= {"VLLM_GLM_PATCH_MOE": "auto", "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, path))}
     result = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "moe" / "real_vllm_child.py")], env=variables, capture_output=True, text=True,
         timeout=300, check=False,

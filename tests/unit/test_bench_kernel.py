@@ -16,7 +16,7 @@ import torch
 from command_line import run
 
 from vllm_glm_patch.errors import UserError
-from vllm_glm_patch.moe import generators
+from vllm_glm_patch.moe import backends, generators, tables
 from vllm_glm_patch.moe.problem import Problem
 from vllm_glm_patch.moe.reference import fused_moe
 from vllm_glm_patch.tools.bench import kernel, kernel_card, kernel_run, kernel_upstream, schema
@@ -262,19 +262,23 @@ def test_each_backend_that_is_asked_for_has_rows_of_its_own(file: Path) -> None:
     assert do(file, lab)["rows"] == result["rows"]
 
 
-def test_backends_are_preferred_around_each_call_where_there_are_several(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backends_are_preferred_around_each_call_and_the_users_tables_are_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     preferred: list[str] = []
-    several = SimpleNamespace(
-        BACKENDS=[SimpleNamespace(name="triton"), SimpleNamespace(name="hopper")],
-        UPSTREAM="upstream",
-        prefer=preferred.append,
-        route=lambda problem, card: preferred[-1] if preferred[-1] != "auto" else "upstream",
+    read: list[Path] = []
+    monkeypatch.setenv("VLLM_GLM_PATCH_TUNED_DIR", str(tmp_path))
+    monkeypatch.setattr(tables, "use_folder", read.append)
+    monkeypatch.setattr(backends, "prefer", preferred.append)
+    monkeypatch.setattr(
+        backends, "route", lambda problem, card: preferred[-1] if preferred[-1] != "auto" else backends.UPSTREAM
     )
-    monkeypatch.setattr(kernel, "_backends_module", lambda: several)
     monkeypatch.setattr("vllm_glm_patch.moe.op.fused_moe_fp8", lambda *_, **__: None)
     monkeypatch.setattr("vllm_glm_patch.moe.op.workspace_bytes", lambda *_: 16)
     made = {name: make(small("TP8")) for name, make in kernel.our_layers(CPU, ["hopper", "auto"]).items()}
+    assert read == [tmp_path]
     assert {name: one.backend for name, one in made.items()} == {"hopper": "hopper", "auto": "triton"}
+    assert made["hopper"].config["gemm1"].startswith("glm_gemm1_") and "path" in made["auto"].config
     preferred.clear()
     inputs = generators.make_inputs(small("TP8"), 0)
     for name in ("hopper", "auto", "hopper"):

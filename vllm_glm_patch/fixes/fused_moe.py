@@ -20,10 +20,10 @@ OFF = "setting `moe_backend` is upstream, the default of this version; VLLM_GLM_
 
 def declines(settings: Settings) -> tuple[str, str] | None:
     """A state and the reason for it where the patch is of no use here. Looks at no driver: that would start CUDA."""
-    if settings.moe_backend == "upstream":
-        return SWITCHED_OFF, OFF
     if not has_card():
         return NOT_NEEDED, "this machine has no NVIDIA card"
+    if settings.moe_backend == "upstream":
+        return SWITCHED_OFF, OFF
     return None
 
 

@@ -9,7 +9,6 @@ works on any device with another `Timer`, which is how it is tested.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import math
 import statistics
 import time
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Optional, Protocol
 
 from ...errors import UserError
+from ...settings import Settings
 from ..processes import check_interrupted
 from .kernel_card import Roofline
 from .kernel_upstream import NAMES, Builder, NotInThisVllm
@@ -438,55 +438,42 @@ def our_layers(device: Any, asked: Sequence[str]) -> dict[str, Callable[[Problem
     Raises:
         UserError: there is no such backend.
     """
-    known = (AUTO, *_backends())
+    from vllm_glm_patch.moe import backends, tables
+
+    tables.use_folder(Settings.from_environment().tables())  # as a server does
+    known = (AUTO, *(backend.name for backend in backends.BACKENDS))
     for name in asked:
         if name not in known:
             raise UserError(f"--backends has {name!r}; give some of {','.join(known)}.")
     return {name: _our_layer(device, name) for name in asked}
 
 
-def _backends() -> tuple[str, ...]:
-    module = _backends_module()
-    return ("triton",) if module is None else tuple(backend.name for backend in module.BACKENDS)
-
-
-def _backends_module() -> Any:
-    """moe/backends.py, where this package has more than one."""
-    try:
-        return importlib.import_module("vllm_glm_patch.moe.backends")
-    except ModuleNotFoundError:
-        return None
-
-
 def _our_layer(device: Any, asked: str) -> Callable[[Problem], Ours]:
     import torch
 
-    from vllm_glm_patch.moe import fused_moe_fp8, workspace_bytes
-    from vllm_glm_patch.moe.dispatch import choose, read_card
+    from vllm_glm_patch.moe import backends, fused_moe_fp8, workspace_bytes
+    from vllm_glm_patch.moe.dispatch import Config, read_card
     from vllm_glm_patch.moe.workspace import TOKENS_PER_PASS
 
     card = read_card(torch.device(device).index or 0 if torch.device(device).type == "cuda" else None)
-    backends = _backends_module()
-
-    def prefer() -> None:
-        if backends is not None:
-            backends.prefer(asked)
 
     def chosen(problem: Problem) -> Ours:
-        prefer()
+        backends.prefer(asked)
         part = dataclasses.replace(problem, tokens=min(problem.tokens, TOKENS_PER_PASS))
-        backend = "triton" if backends is None else backends.route(part, card)
-        if backends is not None and backend == backends.UPSTREAM:
+        backend = backends.route(part, card)
+        if backend == backends.UPSTREAM:
             backend = "triton"  # what the operator itself does, once it is called
+        configuration: Any
+        (configuration,) = (known.configuration(part, card) for known in backends.BACKENDS if known.name == backend)
 
         def make(inputs: Inputs, out: torch.Tensor, workspace: torch.Tensor) -> Callable[[], torch.Tensor]:
             def call() -> torch.Tensor:
-                prefer()
+                backends.prefer(asked)
                 return fused_moe_fp8(*inputs.positional(), expert_map=inputs.expert_map, out=out, workspace=workspace)
 
             return call
 
-        config = choose(part, card).to_dict() if backend == "triton" else {}
+        config = configuration.to_dict() if isinstance(configuration, Config) else dataclasses.asdict(configuration)
         return Ours(backend, config, workspace_bytes(problem, device), make)
 
     return chosen

@@ -7,9 +7,10 @@ from collections.abc import Callable
 
 import torch
 
-from ...moe import dispatch, fused_moe_fp8, workspace
+from ...moe import backends, dispatch, fused_moe_fp8, tables, workspace
 from ...moe.pipeline import Pass, Tensors
 from ...moe.problem import Problem
+from ...settings import Settings
 from .backend import Note
 from .cases import ROUTINGS, Kernel
 from .journal import WRONG, Outcome
@@ -19,8 +20,16 @@ Make = Callable[[Material, Note], Call]
 _POSITIONAL = ("hidden_states", "w13", "w2", "w13_scale", "w2_scale", "topk_weights", "topk_ids")
 
 
+def as_served() -> None:
+    """Choose kernels as a server with these settings would: by the user's tables, and the backend that is asked for."""
+    settings = Settings.from_environment()
+    tables.use_folder(settings.tables())
+    backends.prefer(backends.AUTO if settings.moe_backend == backends.UPSTREAM else settings.moe_backend)
+
+
 def kernels(counts: bool) -> list[tuple[Kernel, Make]]:
     """The kernels and how to call each. `counts`: vLLM is routed to ours, or there is none."""
+    as_served()
     return [
         (Kernel("ours", "layer", ROUTINGS, counts), layer),
         (Kernel("ours", "steps", ROUTINGS, counts, most_tokens=workspace.TOKENS_PER_PASS), steps),
@@ -95,6 +104,7 @@ def steps(material: Material, note: Note) -> Call:
 
 def configurations(problems: list[Problem]) -> list[tuple[Problem, dispatch.Config]]:
     """What must be compiled for these problems on the card of this process: each kind of launch once."""
+    as_served()
     card = dispatch.read_card(torch.cuda.current_device())
     jobs: dict[object, tuple[Problem, dispatch.Config]] = {}
     for problem in problems:
