@@ -229,7 +229,7 @@ def test_the_native_kernels_serve_where_they_are_asked_for_and_are_not_loaded_ot
     card = dataclasses.replace(H100, index=1)
     assert route(TP8.with_tokens(300), card) == "triton" and not asked
     told = {"gemm1": "glm_gemm1_row_c2", "gemm2": "glm_gemm2_sum_n128", "slice": 128, "slots": 4}
-    user(tmp_path, table(H100, {8192: {"backend": "hopper", "hopper": told}, 64: {"backend": "hopper"}}))
+    user(tmp_path, table(H100, {8192: {"backend": "hopper", **told}, 64: {"backend": "hopper"}}))
     many, few = TP8.with_tokens(8192), TP8.with_tokens(64)
     assert route(many, card) == "hopper" and asked == ["cuda:1"]
     assert backends.configuration(many, card) == ("hopper", native.HopperConfig(**told))
@@ -248,6 +248,6 @@ def test_the_native_kernels_serve_where_they_are_asked_for_and_are_not_loaded_ot
 
 
 def test_a_table_with_a_native_configuration_that_does_not_exist_is_left_out(tmp_path: Path) -> None:
-    bad = table(H100, {64: {"backend": "hopper", "hopper": {"gemm1": "a", "gemm2": "b", "tiles": 3}}})
+    bad = table(H100, {64: {"backend": "hopper", "gemm1": "a", "gemm2": "b", "tiles": 3}})
     with pytest.raises(ValueError, match=r"64 tokens.*tiles"):
         tables.check(bad)

@@ -161,6 +161,24 @@ def test_the_fastest_of_our_backends_is_entered_and_what_was_not_timed_is_not() 
     assert found == {"TP8": {"8": {"backend": "other", "tile": 3}}}
 
 
+def test_the_native_kernels_run_what_was_measured_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import dataclasses
+
+    from vllm_glm_patch.moe.hopper import backend as native
+
+    measured = native.HopperConfig("glm_gemm1_row_c2", "glm_gemm2_sum_n128", 128, 4)
+    assert measured != native.default_config(Problem(8192))
+    made = bench_result(row(8192, 20.0, 30.0, backend="hopper", config=dataclasses.asdict(measured)))
+    monkeypatch.setattr(schema, "read", lambda file: made)
+    monkeypatch.setenv("VLLM_GLM_PATCH_TUNED_DIR", str(tmp_path))
+    assert run("tune", "--from", "kernel.json").code == 0
+    try:
+        tables.use_folder(tmp_path)
+        assert native.choose(Problem(8192), H100) == measured
+    finally:
+        tables.use_folder(None)
+
+
 def test_a_result_becomes_a_table_that_decides_who_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm_glm_patch.moe import backends
 

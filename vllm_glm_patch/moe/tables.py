@@ -2,8 +2,8 @@
 
 A table is a JSON file, made by `tune.py`: {"card", "multiprocessors", "capability", "torch", "triton", "shapes": {shape key:
 {token count: entry}}}. An entry is a configuration of the Triton kernels (dispatch.Config). With the key "backend" it
-names who serves these counts instead: another backend of backends.py ("hopper", with its configuration under that name),
-or "upstream" where the caller's own kernel is faster. Tables of the user's folder go before those of the package, shape by
+names who serves these counts instead: another backend of backends.py, with that one's configuration beside it, or
+"upstream" where the caller's own kernel is faster. Tables of the user's folder go before those of the package, shape by
 shape.
 """
 
@@ -114,20 +114,18 @@ def check(table: Any) -> None:
             where = f"shape {shape!r}, {count} tokens"
             if not (isinstance(entry, dict) and str(count).isdigit() and int(count) > 0):
                 raise ValueError(f"{where}: not an entry")
-            if entry.get("backend", "triton") not in names():
-                raise ValueError(f"{where}: the backend {entry['backend']!r} is not among {', '.join(names())}")
-            if entry.get("backend", "triton") == "triton":
-                try:
+            backend = entry.get("backend", "triton")
+            if backend not in names():
+                raise ValueError(f"{where}: the backend {backend!r} is not among {', '.join(names())}")
+            try:
+                if backend == "triton":
                     Config.from_dict(entry)
-                except (TypeError, ValueError) as error:
-                    raise ValueError(f"{where}: {error}") from error
-            if "hopper" in entry:
-                from .hopper.backend import HopperConfig
+                elif backend == "hopper":
+                    from .hopper.backend import told
 
-                try:
-                    HopperConfig(**entry["hopper"])
-                except TypeError as error:
-                    raise ValueError(f"{where}: {error}") from error
+                    told(entry)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{where}: {error}") from error
 
 
 def entry(problem: Problem, card: Card) -> dict[str, Any] | None:

@@ -13,8 +13,9 @@ It serves where it is asked for, by the setting or by a tuned table (backends.py
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -92,12 +93,18 @@ def default_config(problem: Problem) -> HopperConfig:
     return HopperConfig(f"glm_gemm1_{kind}_c1", "glm_gemm2_sum_n256", 256, 2)
 
 
+def told(entry: Mapping[str, Any]) -> HopperConfig | None:
+    """What an entry of a table has beside "backend"; None for nothing. Raises TypeError on a key that is not known."""
+    given = {key: value for key, value in entry.items() if key != "backend"}
+    return HopperConfig(**given) if given else None
+
+
 @functools.lru_cache(maxsize=4096)
 def choose(problem: Problem, card: Card) -> HopperConfig:
-    """The configuration for a problem: what a table's entry has under "hopper", else the rules of thumb."""
+    """The configuration for a problem: what a table's entry tells, else the rules of thumb."""
     entry = tables.entry(problem, card)
-    told = entry.get("hopper") if entry is not None and entry.get("backend") == "hopper" else None
-    return HopperConfig(**told) if told else default_config(problem)
+    found = told(entry) if entry is not None and entry.get("backend") == "hopper" else None
+    return found or default_config(problem)
 
 
 tables.when_changed(choose.cache_clear)
