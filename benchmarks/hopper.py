@@ -29,9 +29,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path += [str(ROOT), str(ROOT / "tests/gpu")]
 
+from vllm_glm_patch.moe.problem import GLM_SHAPES as SHAPES  # noqa: E402
+
 PACKAGE = ROOT / "vllm_glm_patch"
 SEED = 20261125
-SHAPES = {"TP8": (192, 160), "TP4": (384, 160), "TP2": (768, 160), "TP1": (1536, 160), "EP8": (1536, 20)}
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def checks() -> list[Case]:
 
 def timed(shape: str, tokens: int) -> list[Case]:
     """What to time: the first case's steps are all timed, of the others only those that differ."""
-    width, _ = SHAPES[shape]
+    width = SHAPES[shape].intermediate_size
     density = tokens * 8 / 160
     cases = []
     if density <= 64:
@@ -148,14 +149,14 @@ class Worker:
     def inputs(self, case: Case, seed: int = SEED) -> Any:
         """The case's tensors; weights are kept from case to case."""
         from vllm_glm_patch.moe.generators import make_inputs, make_weights
-        from vllm_glm_patch.moe.problem import Problem
 
-        width, experts = SHAPES[case.shape]
-        experts = case.experts or experts
-        whole = 160 if case.shape == "EP8" else experts
-        top_k = min(8, whole)
-        problem = Problem(case.tokens, 5120, width, experts, whole, top_k)
-        key = (width, experts)
+        base = SHAPES[case.shape]
+        experts = case.experts or base.experts
+        whole = base.global_experts if case.shape == "EP8" else experts
+        problem = dataclasses.replace(
+            base, tokens=case.tokens, experts=experts, global_experts=whole, top_k=min(base.top_k, whole)
+        )
+        key = (problem.intermediate_size, experts)
         if key not in self._weights:
             self._weights.clear()
             self._weights[key] = make_weights(problem, self.torch.Generator("cuda").manual_seed(SEED))

@@ -18,9 +18,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).parent.parent))
 
 from vllm_glm_patch.moe import tune
-from vllm_glm_patch.moe.problem import Problem
-
-SHAPES = {"TP8": (192, 160), "TP4": (384, 160), "TP2": (768, 160), "TP1": (1536, 160), "EP8": (1536, 20)}
+from vllm_glm_patch.moe.problem import GLM_SHAPES
 
 
 def short(group: str, config: dict[str, Any]) -> str:
@@ -65,9 +63,7 @@ def main() -> int:
 
     problems = []
     for shape in options.shapes.split(","):
-        width, experts = SHAPES[shape]
-        counts = map(int, options.tokens.split(","))
-        problems += [Problem(tokens, intermediate_size=width, experts=experts) for tokens in counts]
+        problems += [GLM_SHAPES[shape].with_tokens(int(tokens)) for tokens in options.tokens.split(",")]
     try:
         tune.tune(problems, seconds=options.seconds, report=report, folder=options.out)
     finally:

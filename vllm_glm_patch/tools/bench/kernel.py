@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Optional, Protocol
 
 from ...errors import UserError
+from ...moe.problem import GLM_SHAPES
 from ...settings import Settings
 from ..processes import check_interrupted
 from .kernel_card import Roofline
@@ -40,8 +41,6 @@ L2_TREATMENT = (
     f"takes for the weights they use to be {L2_TIMES} times the L2 cache; nothing is flushed between replays. "
     "`weights_mb` is what they use."
 )
-# Expert width a rank, and experts a rank, of GLM-4.6.
-SHAPES = {"TP8": (192, 160), "TP4": (384, 160), "TP2": (768, 160), "TP1": (1536, 160), "EP8": (1536, 20)}
 TIMED = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 # Tile edges, the multiples of 16 that upstream over-reads at, and the full scheduler step and its neighbours.
 CHECKED = (1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 511, 513, 1024, 2047, 4096, 8190, 8191, 8192, 8193)
@@ -124,12 +123,9 @@ def problem_of(shape: str, tokens: int = 1) -> Problem:
     Raises:
         UserError: the name is not known.
     """
-    from vllm_glm_patch.moe.problem import Problem
-
-    if shape not in SHAPES:
-        raise UserError(f"--shapes has {shape!r}; give some of {','.join(SHAPES)}.")
-    width, experts = SHAPES[shape]
-    return Problem(tokens, intermediate_size=width, experts=experts)
+    if shape not in GLM_SHAPES:
+        raise UserError(f"--shapes has {shape!r}; give some of {','.join(GLM_SHAPES)}.")
+    return GLM_SHAPES[shape].with_tokens(tokens)
 
 
 def inputs_for(problem: Problem, l2_bytes: int) -> int:
