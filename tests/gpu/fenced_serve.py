@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
 """`vllm serve` under the fence with PyTorch's own rounding (--align 512), nothing else changed.
 
-    fenced_serve.py MODEL OUT.json SERVER [SERVER ...] [--lengths 8191,8190,8192] [--flags "..."]
+    fenced_serve.py MODEL OUT.json SERVER [SERVER ...] [--lengths 8191,8190,8192,8192] [--flags "..."]
 
+A length given more than once is asked with another prompt each time: 8192 tokens over-read only where the last expert's
+rows are no multiple of 16, which one prompt in 16 spares in a model with one MoE layer.
 SERVER is a name and its environment: `upstream:VLLM_GLM_PATCH=0`, `patched`. A server named plain-... has no fence.
 Writes answers, start-up time, tokens a second of a short decode, and the fence's report.
 """
@@ -38,10 +40,13 @@ def serve(text: str, arguments: argparse.Namespace, logs: Path) -> dict[str, Any
     row: dict[str, Any] = {"server": name, "fence": not name.startswith("plain"), "command": server.command, "answers": {}}
     try:
         row["start_seconds"] = round(server.wait_until_ready(400), 1)
-        for length in map(int, arguments.lengths.split(",")):
-            row["answers"][length] = server.ask(prompt_of(length), arguments.model)
-            print(name, length, row["answers"][length], flush=True)
-            if row["answers"][length]["outcome"] == "died":
+        lengths = [int(length) for length in arguments.lengths.split(",")]
+        for index, length in enumerate(lengths):
+            before = lengths[:index].count(length)
+            asked = f"{length} #{before + 1}" if lengths.count(length) > 1 else str(length)
+            row["answers"][asked] = server.ask(prompt_of(length, before), arguments.model)
+            print(name, asked, row["answers"][asked], flush=True)
+            if row["answers"][asked]["outcome"] == "died":
                 break
         else:
             started = time.time()
@@ -72,7 +77,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("servers", nargs="+")
     parser.add_argument("--flags", default=FLAGS)
-    parser.add_argument("--lengths", default="8191,8190,8192,8193,12000,16384")
+    parser.add_argument("--lengths", default="8191,8190,8191,8190,8191,8190,8192,8192,8192,8193,12000,16384")
     parser.add_argument("--stagger", type=float, default=60)
     arguments = parser.parse_args()
     logs = arguments.out.parent.resolve()

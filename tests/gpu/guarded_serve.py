@@ -96,9 +96,9 @@ class Server:
         time.sleep(2)  # the driver takes back the memory
 
 
-def prompt_of(length: int) -> list[int]:
+def prompt_of(length: int, variant: int = 0) -> list[int]:
     """Varied tokens: a prompt of one token repeated would route all of them alike."""
-    return random.Random(length).choices(range(1000, 150000), k=length)
+    return random.Random(length + 1_000_000 * variant).choices(range(1000, 150000), k=length)
 
 
 def serve(name: str, arguments: argparse.Namespace, guarded: bool, environment: dict[str, str], logs: Path) -> dict[str, Any]:

@@ -11,7 +11,9 @@ MIN_SCALE = 1.0 / (448.0 * 512.0)
 def quantise_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """[rows, width] → E4M3 values as float64 and fp32 scales [rows, 1] as float64: amax / 448, at least MIN_SCALE."""
     amax = x.abs().amax(dim=1, keepdim=True).float()
-    scale = torch.clamp(amax / FP8_MAX, min=MIN_SCALE)
+    # In float64 first: on a card torch divides fp32 by a number by multiplying with its reciprocal, which is one bit off,
+    # and rows whose values lie on ties (amax 1.75 · 2**n: a thirtieth of all their values) would be rounded otherwise.
+    scale = torch.clamp((amax.double() / FP8_MAX).float(), min=MIN_SCALE)
     q = (x.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
     return q.double(), scale.double()
 
