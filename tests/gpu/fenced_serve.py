@@ -24,7 +24,7 @@ from typing import Any
 import children
 from guarded_serve import FLAGS, TELLING, Server, prompt_of
 
-from vllm_glm_patch.fence import Options, command
+from vllm_glm_patch.fence import Options, command, dumping
 
 
 def serve(text: str, arguments: argparse.Namespace, logs: Path) -> dict[str, Any]:
@@ -56,7 +56,10 @@ def serve(text: str, arguments: argparse.Namespace, logs: Path) -> dict[str, Any
         row["error"] = str(error)
     finally:
         if row["answers"] and list(row["answers"].values())[-1]["outcome"] == "died":
-            time.sleep(15)  # the driver writes the core dump
+            deadline = time.time() + 120
+            while time.time() < deadline and not any(map(dumping.complete, folder.glob("core-*"))):
+                time.sleep(0.5)  # the driver writes the core dump
+            row["seconds_of_dump"] = round(time.time() - deadline + 120, 1)
         server.stop()
     row["log"] = server.lines(*TELLING)
     row["reports"] = [_report(core) for core in sorted(folder.glob("core-*"))]

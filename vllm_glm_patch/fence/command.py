@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from . import dumping
 from .journal import read_journal
 from .library import FenceError, library_path
 from .options import Options
@@ -26,7 +27,7 @@ _WITHOUT_DUMP = (
     "what faulted could not be read from the core dump. A command that faults by itself can be searched with --rerun; for a "
     "server set CUDA_LAUNCH_BLOCKING=1 and send it the same requests: the traceback in its log then names the launch."
 )
-_SETTLED = 3  # seconds without growth: a core dump is complete
+_SETTLED = 10  # seconds without growth: a core dump that is not whole will not become so
 # A core dump with registers, code and kernel parameters, but without the card's memory: megabytes, not 80 GB.
 _DUMP_FLAGS = "skip_nonrelocated_elf_images,skip_global_memory,skip_shared_memory,skip_local_memory"
 
@@ -104,7 +105,7 @@ def _run_and_watch(command: list[str], env: dict[str, str], directory: Path) -> 
                     size = core.stat().st_size
                     if grown.get(core, (-1, 0.0))[0] != size:
                         grown[core] = (size, time.monotonic())
-                    if time.monotonic() - grown[core][1] < _SETTLED:
+                    if not dumping.complete(core) and time.monotonic() - grown[core][1] < _SETTLED:
                         waiting = True
                         continue
                     reported[core] = report(core)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
+from pathlib import Path
 from typing import Any
 
-from . import accounting
+from . import accounting, dumping
 from .library import STACK_FUNCTION, FenceError, Library, library_path
 from .options import Options
 from .stacks import StackRecorder
@@ -86,6 +87,8 @@ def install_from_environment() -> bool:
     options = Options.from_environment()
     if options is None:
         return False
+    if options.directory:
+        dumping.install(Path(options.directory))
     try:
         install(options)
     except FenceError as error:
