@@ -217,7 +217,7 @@ def plain_cases() -> list[Case]:
         Case(
             "place",
             "routing:place_kernel",
-            {"EXPERTS": 160, "BINS": 256, "CHUNK": 1024, "PLACE": 128, "STRIP": 16},
+            {"EXPERTS": 160, "BINS": 256, "CHUNK": 1024, "PLACE": 16, "STRIP": 256},
             4,
             3,
             False,

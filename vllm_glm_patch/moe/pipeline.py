@@ -245,7 +245,7 @@ class Pass:
             BINS=bins,
             CHUNK=routing.CHUNK,
             PLACE=routing.PLACE,
-            STRIP=16,
+            STRIP=routing.STRIP,
             num_warps=4,
         )
 
