@@ -48,7 +48,9 @@ def card_facts(with_upstream: bool) -> dict[str, str]:
     import torch
     import triton
 
-    found = {**machine.facts(), "card": torch.cuda.get_device_name(), "triton": triton.__version__}
+    found = machine.facts()
+    cards = found.get("card", "")  # with drivers and memory
+    found = {**found, "card": torch.cuda.get_device_name(), "cards": cards or "unknown", "triton": triton.__version__}
     return {**found, "vllm": found.get("vllm", "none") if with_upstream else "none"}
 
 
