@@ -24,8 +24,8 @@ from .triton.quantise import quantise_row
 # Pairs counted by one program, and pairs placed by one program. 1024 keeps the scan at 64 rows for 8192 tokens × 8.
 CHUNK = 1024
 PLACE = 16
-# Pairs looked at together for those, in rounds to memory that do not wait for one another. A loop of 64 rounds, each of 16 pairs
-# for 128 to place, is what made 43 µs of the prologue at 1024 tokens (H100).
+# Pairs looked at together for those, in rounds to memory that do not wait for one another. A loop of 64 rounds, each of 16
+# pairs for 128 to place, is what made 43 µs of the prologue at 1024 tokens (H100).
 STRIP = 256
 # Zeros kept behind the counts.
 DONE = 256
