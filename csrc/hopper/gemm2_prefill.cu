@@ -66,7 +66,9 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Gemm2
     const u32 item_full = empty + 8 * STAGES, item_stored = item_full + 8 * gemm2_items;
     const u32 item_empty = item_stored + 8 * gemm2_items;
     const u32 sum_full = item_empty + 8 * gemm2_items, sum_read = sum_full + 8 * sum_items_ahead;
-    const u32 item_number = sum_read + 8 * sum_items_ahead, sum_number = item_number + 4 * gemm2_items;
+    const u32 item_number = sum_read + 8 * sum_items_ahead, item_expert = item_number + 4 * gemm2_items;
+    const u32 item_row = item_expert + 4 * gemm2_items, item_size = item_row + 4 * gemm2_items;
+    const u32 sum_number = item_size + 4 * gemm2_items;
 
     const int thread = thread_index();
     const int warpgroup = warp_uniform(thread / 128);
@@ -116,8 +118,14 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Gemm2
                 barrier_wait(item_empty + 8 * item_position.slot, item_position.parity ^ 1);
                 store_shared_int(item_number + 4 * item_position.slot, more ? number : no_more);
                 Gemm2Item item{};
+                int expert = 0, first_row = 0;
                 if (more) {
                     item = gemm2_item(number, tiles, p.slice, COLUMNS);
+                    expert = p.tiles[item.tile], first_row = p.tiles[p.max_tiles + item.tile];
+                    const int size = p.tiles[2 * p.max_tiles + item.tile];
+                    store_shared_int(item_expert + 4 * item_position.slot, expert);
+                    store_shared_int(item_row + 4 * item_position.slot, first_row);
+                    store_shared_int(item_size + 4 * item_position.slot, size);
                     // Its slot of partials may still be read by the sums of an earlier slice.
                     if (item.slice - p.slots >= summed) {
                         acquire_at_least(sums_done + item.slice - p.slots, sum_blocks);
@@ -128,7 +136,6 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Gemm2
                 item_position.advance();
                 if (!more) break;
                 number = atomic_next(next_item);
-                const int expert = p.tiles[item.tile], first_row = p.tiles[p.max_tiles + item.tile];
                 for (int step = 0; step < steps; ++step) {
                     const u32 stage = ring + position.slot * stage_bytes, ready = full + 8 * position.slot;
                     barrier_wait(empty + 8 * position.slot, position.parity ^ 1);
@@ -192,6 +199,21 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Gemm2
             const int number = load_shared_int(item_number + 4 * item_position.slot);
             if (number == no_more) break;
             const Gemm2Item item = gemm2_item(number, tiles, p.slice, COLUMNS);
+            // What is read from memory goes out before the multiplication, and what hangs on that before its end: a round trip
+            // takes as long as the item's arithmetic.
+            const int expert = load_shared_int(item_expert + 4 * item_position.slot);
+            const int first_row = load_shared_int(item_row + 4 * item_position.slot) + rows_before;
+            const int size = load_shared_int(item_size + 4 * item_position.slot) - rows_before;
+            const float* scales = p.w2_scales + static_cast<i64>(expert) * p.hidden_size + item.column;
+            if (lane < COLUMNS / 32) touch(scales + 32 * lane);
+            int pair[2];
+            float act_scale[2];
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int row = fragment_row(t, 2 * half);
+                pair[half] = row < size ? p.rows[first_row + row] : 0;
+                act_scale[half] = row < size ? p.act_scales[first_row + row] : 0.0f;
+            }
             // 128 columns an instruction: one of 256 does not fit the 128 registers a thread of 512 starts with.
             float d[parts][gemm2_mma_columns / 2];
             for (int step = 0; step < steps; ++step) {
@@ -214,23 +236,14 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Gemm2
                 if (step > 0 && lane == 0) barrier_arrive(empty + 8 * position.previous());
                 position.advance();
             }
-            // What the rest needs is read while the last step multiplies.
-            const float* scales = p.w2_scales + static_cast<i64>(p.tiles[item.tile]) * p.hidden_size + item.column;
-            if (lane < COLUMNS / 32) touch(scales + 32 * lane);
-            const int first_row = p.tiles[p.max_tiles + item.tile] + rows_before;
-            const int size = p.tiles[2 * p.max_tiles + item.tile] - rows_before;
-            int pair[2];
-            float row_scale[2];
+            float weight[2];
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int row = fragment_row(t, 2 * half);
-                pair[half] = row < size ? p.rows[first_row + row] : 0;
-                row_scale[half] = row < size ? p.act_scales[first_row + row] * p.topk_weights[pair[half]] : 0.0f;
-            }
+            for (int half = 0; half < 2; ++half) weight[half] = p.topk_weights[pair[half]];
             mma_wait<0>();
 #pragma unroll
             for (int part = 0; part < parts; ++part) mma_settle(d[part]);
             if (lane == 0) barrier_arrive(empty + 8 * position.previous());
+            const float row_scale[2] = {act_scale[0] * weight[0], act_scale[1] * weight[1]};
             if (size > 0) {
                 u16* slot = p.partial + (item.slice % p.slots) * slot_elements + (item.column - item.slice * p.slice);
                 u16* target[2];

@@ -160,15 +160,17 @@ GLM_DEVICE int atomic_next_ordered(int* counter) {
 GLM_DEVICE void release_add(int* counter) {
     asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
 }
-// Waits until the counter has reached target; what its increments released is visible afterwards.
+// Waits until the counter has reached target; what its increments released is visible afterwards. Looks without acquiring first,
+// since each acquire empties the multiprocessor's L1, also under those who have nothing to wait for.
 GLM_DEVICE void acquire_at_least(const int* counter, int target) {
     int value;
     WaitLimit limit;
     while (true) {
-        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+        asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
         if (value >= target || limit.over("counter to reach", target, value)) break;
         __nanosleep(64);
     }
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
 }
 
 // Ordinary shared-memory writes (cp.async too) made before are seen by wgmma and TMA after.
