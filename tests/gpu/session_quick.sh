@@ -1,0 +1,124 @@
+#!/usr/bin/env bash
+# Much in little time on a card that has nothing but CUDA and PyTorch 2.11: what needs no card to itself runs side by side.
+#   session_quick.sh setup WHEEL ARCHIVE  install wheel and vLLM 0.26.0, copy this tree to /tmp/tree with the wheel's native
+#                                         parts, compile vLLM's Python beside (20 s)
+#   session_quick.sh unpack FOLDER        vLLM 0.10.1.1 from its parts in FOLDER into /tmp/site101 (10 s), and compile it
+#   session_quick.sh STEP...              each step's output in /tmp/o/STEP, the end of it here, all of it in $OUT/o.tgz:
+#     checks    native kernels, both backends and pytest's tests of the kernel against float64, side by side (80 s)
+#     verify26, verify101                  `verify`, unpatched and patched (4 minutes; may run beside checks)
+#     tune      tables for SHAPES at COUNTS in MINUTES, in /tmp/tuned and used by what follows
+#     steps     every native kernel and configuration at TOKENS, step by step beside Triton's (20 s)
+#     layer     the layer against vLLM's three backends, SHAPES at COUNTS, by the tables and by BACKENDS (25 s a shape)
+#     profile   Nsight Compute on the kernels named by KERNELS at TOKENS (30 s)
+#     moe       `vllm serve` with vLLM's MoE kernel and the fused one (5 minutes)
+#     fence101  the reported flags under the fence, unpatched, alone on the card (3 minutes)
+#     fence26   the same release plain and under the fence, for the overhead (2 minutes)
+# Calls that follow one another at once keep the machine; give it back rather than let it wait. A call sends 63 MB in 4 s, so the
+# ten parts of 0.10.1.1 take 40 s, during which checks can run: start them with `setsid`, as `background` here does.
+set -u
+here=$(cd "$(dirname "$0")" && pwd)
+root=$(cd "$here/../.." && pwd)
+tree=/tmp/tree
+export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_USE_FLASHINFER_SAMPLER=0 CPATH=/usr/local/cuda/include PYTHONUNBUFFERED=1
+export VLLM_GLM_PATCH_TUNED_DIR=/tmp/tuned
+site26=/tmp/ours:/tmp/site26 site101=/tmp/ours:/tmp/site101
+flags="--enable-chunked-prefill --max-num-batched-tokens 8192 --max-model-len 20000"
+counts=${COUNTS:-8192,64,1,1024,256,16,4096,2048,16384,4,128,512}
+mkdir -p /tmp/o /tmp/tuned
+background() { # NAME COMMAND: goes on when this script ends
+    mkdir -p "/tmp/o/$1"
+    setsid nohup bash -c "$2; echo finished" >"/tmp/o/$1/log" 2>&1 </dev/null &
+}
+step() { # NAME SECONDS COMMAND
+    local begin=$SECONDS
+    mkdir -p "/tmp/o/$1"
+    timeout -k 5 "$2" bash -c "$3" >"/tmp/o/$1/log" 2>&1
+    echo "== $1: exit code $? after $((SECONDS - begin)) s"
+    tail -n "${LINES_SHOWN:-30}" "/tmp/o/$1/log" | cut -c1-240
+    keep
+}
+keep() { [ -n "${OUT:-}" ] && tar -C /tmp/o --exclude='core-*' --exclude='blocks-*' -czf "$OUT/o.tgz" .; }
+await() { # SECONDS NAME...
+    local end=$((SECONDS + $1)) name
+    shift
+    for name; do
+        while [ $SECONDS -lt "$end" ] && ! grep -qs '^finished' "/tmp/o/$name/log"; do sleep 1; done
+        echo "== $name"
+        tail -n 5 "/tmp/o/$name/log" | cut -c1-200
+    done
+    keep
+}
+fenced() { # NAME SITE SERVERS FLAGS SECONDS
+    export PYTHONPATH=$2
+    step "$1" "$5" "cd $tree/tests/gpu; python3 fenced_serve.py /tmp/model /tmp/o/$1/fenced.json $3 --stagger 0 --flags '$4'"
+}
+checks() {
+    export PYTHONPATH=$site26
+    background hop "cd $tree; python3 benchmarks/hopper.py --check --out /tmp/o/hop --seconds 150"
+    for backend in triton hopper; do
+        background "check-$backend" "cd /tmp; python3 -m vllm_glm_patch bench kernel --no-time --no-upstream \
+            --shapes ${SHAPES:-TP8,TP4,EP8} --backends $backend --minutes 2 --out /tmp/o/check-$backend/check.json"
+    done
+    background tests "cd /tmp; python3 -m pytest -q -p no:cacheprovider $tree/tests/gpu/test_moe_kernel.py"
+}
+case ${1:-} in
+setup)
+    mkdir -p $tree
+    tar -C "$root" --exclude=./.carry --exclude=./.git -cf - . | tar -C $tree -xf -
+    OUT=/tmp "$here/session_0260.sh" setup "$2" "$3" | tail -2
+    python3 -m zipfile -e "$2" /tmp/wheel
+    cp -r /tmp/wheel/vllm_glm_patch/moe/hopper/{cubin,*.so} $tree/vllm_glm_patch/moe/hopper/
+    background compile "python3 -m compileall -q -j 8 /tmp/site26"
+    exit
+    ;;
+unpack)
+    mkdir -p /tmp/site101
+    cat "$2"/part* | xz -dc -T0 | tar -C /tmp/site101 -x
+    timeout 60 python3 -m compileall -q -j 12 /tmp/site101 >/dev/null 2>&1
+    exit
+    ;;
+'') sed -n '2,22p' "$0"; exit 2 ;;
+esac
+for what; do
+    case $what in
+    checks) checks; await "${SECONDS_FOR_CHECKS:-150}" hop check-triton check-hopper tests ;;
+    checks-beside) checks ;;
+    await) await "${SECONDS_FOR_CHECKS:-150}" hop check-triton check-hopper tests ;;
+    verify26) step verify26 560 "mkdir -p /tmp/o/verify26; OUT=/tmp/o/verify26 $tree/tests/gpu/verify_session.sh /tmp/site26 4" ;;
+    verify101) step verify101 560 "mkdir -p /tmp/o/verify101; OUT=/tmp/o/verify101 $tree/tests/gpu/verify_session.sh /tmp/site101 4" ;;
+    tune)
+        shapes=$(printf -- '--shape %s ' $(echo "${SHAPES:-TP8}" | tr , ' '))
+        export PYTHONPATH=$site26
+        step tune $((${MINUTES:-3} * 60 + 60)) "cd /tmp; python3 -m vllm_glm_patch tune $shapes --tokens $counts \
+            --minutes ${MINUTES:-3}; cp /tmp/tuned/*.json /tmp/o/tune/"
+        ;;
+    steps)
+        export PYTHONPATH=$site26
+        step steps 130 "cd $tree; python3 benchmarks/hopper.py --out /tmp/o/steps --shapes ${SHAPES:-TP8} \
+            --tokens ${TOKENS:-8192,64,1024,1,16,2048} --seconds 120"
+        ;;
+    layer)
+        export PYTHONPATH=$site26
+        step layer 400 "cd /tmp; python3 -m vllm_glm_patch bench kernel --no-check --shapes ${SHAPES:-TP8} --tokens $counts \
+            --backends ${BACKENDS:-auto,hopper} --minutes ${MINUTES:-6} --out /tmp/o/layer/kernel.json"
+        ;;
+    profile)
+        export PYTHONPATH=$site26
+        step profile 120 "cd $tree; ncu --set full --import-source no --clock-control none -k 'regex:${KERNELS:-glm_gemm}' \
+            -s 2 -c ${LAUNCHES:-4} -f -o /tmp/o/profile/kernels --target-processes all python3 benchmarks/hopper.py --out /tmp/o/profile \
+            --tokens ${TOKENS:-8192} --seconds 60 --only '${ONLY:-row_c1 gemm2_sum_n256 slice 512}'
+            ncu --import /tmp/o/profile/kernels.ncu-rep --page details >/tmp/o/profile/details.txt
+            ncu --import /tmp/o/profile/kernels.ncu-rep --page source --csv >/tmp/o/profile/source.csv"
+        ;;
+    moe)
+        export PYTHONPATH=$site26
+        step moe 480 "python3 $tree/tests/gpu/serve_moe.py /tmp/o/moe/serve_moe.json --model /tmp/model ${MOE_FLAGS:-}"
+        ;;
+    fence101) fenced fence101 $site101 "${FENCED:-upstream:VLLM_GLM_PATCH=0}" "$flags" "${SECONDS_FOR_SERVER:-240}" ;;
+    fence26)
+        fenced plain26 $site26 plain-patched "$flags --enforce-eager" 120
+        fenced fence26 $site26 patched "$flags --enforce-eager" 120
+        ;;
+    *) echo "no step is called $what" >&2; exit 2 ;;
+    esac
+done
