@@ -12,6 +12,8 @@
 #     profile   Nsight Compute on the kernels named by KERNELS at TOKENS (30 s)
 #     moe       `vllm serve` with vLLM's MoE kernel and the fused one (5 minutes)
 #     fence101  the reported flags under the fence, unpatched, alone on the card (3 minutes)
+#     epilogue  the grouped GEMM with upstream's and the corrected epilogue, scales before an unmapped page; EPILOGUE is the folder
+#               that epilogue/build.sh made (1 minute)
 #     fence26   the same release plain and under the fence, for the overhead (2 minutes)
 # Calls that follow one another at once keep the machine; give it back rather than let it wait. A call sends 63 MB in 4 s, so the
 # ten parts of 0.10.1.1 take 40 s, during which checks can run: start them with `setsid`, as `background` here does.
@@ -77,7 +79,7 @@ unpack)
     timeout 60 python3 -m compileall -q -j 12 /tmp/site101 >/dev/null 2>&1
     exit
     ;;
-'') sed -n '2,22p' "$0"; exit 2 ;;
+'') sed -n '2,24p' "$0"; exit 2 ;;
 esac
 for what; do
     case $what in
@@ -115,6 +117,9 @@ for what; do
         step moe 480 "python3 $tree/tests/gpu/serve_moe.py /tmp/o/moe/serve_moe.json --model /tmp/model ${MOE_FLAGS:-}"
         ;;
     fence101) fenced fence101 $site101 "${FENCED:-upstream:VLLM_GLM_PATCH=0}" "$flags" "${SECONDS_FOR_SERVER:-240}" ;;
+    epilogue)
+        step epilogue 240 "python3 $tree/tests/gpu/epilogue/guard_epilogue.py ${EPILOGUE:-/tmp/epilogue} /tmp/o/epilogue/epilogue.json"
+        ;;
     fence26)
         fenced plain26 $site26 plain-patched "$flags --enforce-eager" 120
         fenced fence26 $site26 patched "$flags --enforce-eager" 120
