@@ -79,7 +79,7 @@ unpack)
     timeout 60 python3 -m compileall -q -j 12 /tmp/site101 >/dev/null 2>&1
     exit
     ;;
-'') sed -n '2,24p' "$0"; exit 2 ;;
+'') sed -n '2,20p' "$0"; exit 2 ;;
 esac
 for what; do
     case $what in

@@ -19,9 +19,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import children  # noqa: E402
-import torch  # noqa: E402
-from guardmem import guarded  # noqa: E402
+import children
+import torch
+from guardmem import guarded
 
 EXPERTS, TOP_K, HIDDEN, WIDTH = 160, 8, 5120, 192
 TOKENS = (8192, 8191, 8190, 8193, 8176, 4096, 2048, 64, 32, 16)
@@ -46,7 +46,8 @@ def work(library: str, gemm: str, tokens: int, guard: bool) -> dict[str, Any]:
     rows = tokens * TOP_K
 
     def fp8(*shape: int) -> torch.Tensor:
-        return torch.randint(0, 120, shape, generator=generator, device="cuda", dtype=torch.uint8)
+        codes = torch.randint(0, 240, shape, generator=generator, device="cuda", dtype=torch.uint8)
+        return torch.where(codes < 120, codes, codes + 8)  # as many negative ones; no NaN
 
     a, b = fp8(rows, depth), fp8(EXPERTS, columns, depth)
     a_scales = torch.rand(rows, generator=generator, device="cuda")
@@ -63,7 +64,8 @@ def work(library: str, gemm: str, tokens: int, guard: bool) -> dict[str, Any]:
     stride = lambda value: torch.full((EXPERTS,), value, dtype=torch.int64, device="cuda")  # noqa: E731
     kept = [
         sizes, pointers(a, first, depth), stride(depth), pointers(b, expert, columns * depth), stride(depth),
-        pointers(a_scales, first, 4), pointers(b_scales, expert, 4 * columns), pointers(out, first, 2 * columns), stride(columns),
+        pointers(a_scales, first, 4), pointers(b_scales, expert, 4 * columns),
+        pointers(out, first, 2 * columns), stride(columns),
     ]  # fmt: skip
     call = Call(EXPERTS, *(tensor.data_ptr() for tensor in kept))
     loaded = ctypes.CDLL(library)
