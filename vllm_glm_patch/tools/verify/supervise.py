@@ -12,11 +12,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Optional
 
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from ...errors import UserError
+from ..live import Live
 from ..processes import Session
 from . import journal
 from .child import AGAIN, REFUSED, Job, bury, how
@@ -108,34 +107,12 @@ def _sigterm_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-class Show:
-    """Progress on standard error: a bar on a terminal, a line a minute elsewhere. Use it in a `with` statement."""
+class Show(Live):
+    """Progress of a run: a bar on a terminal, a line a minute elsewhere. Use it in a `with` statement."""
 
     def __init__(self, every: float = 60.0) -> None:
-        self._console = Console(stderr=True, highlight=False)
-        self._bar = Progress(
-            SpinnerColumn(),
-            BarColumn(24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.description}"),
-            console=self._console,
-            transient=True,
-            disable=not self._console.is_terminal,
-        )
-        self._task = self._bar.add_task("starting", total=None)
+        super().__init__(24, "starting")
         self._every, self._told = every, time.monotonic()
-
-    def __enter__(self) -> Show:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.stop()
-
-    def say(self, text: str) -> None:
-        """A line that stays."""
-        self._console.print(escape(text), soft_wrap=True)
 
     def update(self, state: State) -> None:
         """Show how far a run is."""
