@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import Optional
 
 from rich.markup import escape
 
 from ...errors import UserError
 from ..live import Live
-from ..processes import Session
+from ..processes import Interrupted, Session, interruptible
 from . import journal
 from .child import AGAIN, REFUSED, Job, bury, how
 from .journal import ALL, FAULT, WRONG, State
@@ -45,10 +40,10 @@ def supervise(job: Job, folder: Path, show: Show) -> tuple[State, bool]:
     reader = journal.Reader(Path(job.journal))
     command = [sys.executable, "-m", "vllm_glm_patch.tools.verify", str(file)]
     try:
-        with _sigterm_as_interrupt():
+        with interruptible():
             while not _once(job, command, folder / "child.log", reader, show):
                 pass
-    except KeyboardInterrupt:
+    except (Interrupted, KeyboardInterrupt):
         reader.read()
         return reader.state, True
     refused = reader.state.facts.get("refused")
@@ -93,18 +88,6 @@ def _environment() -> dict[str, str]:
     environment.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     environment.setdefault("VLLM_NO_USAGE_STATS", "1")
     return environment
-
-
-@contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    def interrupt(number: int, frame: Optional[FrameType]) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class Show(Live):
