@@ -19,11 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
-
 from tools import wheels_document
-from tools.environment import SetUpFailed, run_step
-from tools.processes import Interrupted, interruptible
+from tools.environment import run_step
+from tools.outcome import exit_code_of
 from tools.progress import console, doing
 from tools.wheels import DIST, FOLDER, IMPORTS, PYTHONS, find_python, freeze, package_names, run, tools_environment
 from vllm_glm_patch import catalog
@@ -69,24 +67,18 @@ def main() -> int:
     wheels = sorted(DIST.glob("*manylinux*.whl"))
     if not wheels:
         parser.error("dist holds no wheel with a manylinux tag; `python -m tools.wheels` makes it.")
-    problems = []
-    try:
-        with interruptible():
-            for release in arguments.releases or RELEASES:
-                python = arguments.python or RELEASES.get(release, "3.12")
-                seen = try_beside(release, python, wheels[-1], FOLDER / f"beside-{release}")
-                wheels_document.record_in("beside", release, seen)
-                problems += [f"vLLM {release}: {wrong}" for wrong in judge(seen)]
+
+    def work() -> list[str]:
+        problems = []
+        for release in arguments.releases or RELEASES:
+            python = arguments.python or RELEASES.get(release, "3.12")
+            seen = try_beside(release, python, wheels[-1], FOLDER / f"beside-{release}")
+            wheels_document.record_in("beside", release, seen)
+            problems += [f"vLLM {release}: {wrong}" for wrong in judge(seen)]
         wheels_document.write()
-    except SetUpFailed as error:
-        print(error, file=sys.stderr)
-        return 1
-    except Interrupted as error:
-        console.print(f"\n[yellow]{error}.[/] What was recorded before is kept; no process is left.")
-        return error.exit_code
-    for problem in problems:
-        console.print(f"[bold red]Failed.[/] {escape(problem)}", soft_wrap=True)
-    return 1 if problems else 0
+        return problems
+
+    return exit_code_of(work)
 
 
 def try_beside(release: str, python: str, wheel: Path, folder: Path) -> dict[str, Any]:

@@ -25,10 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from packaging.version import InvalidVersion, Version
-from rich.markup import escape
 
 from tools.environment import ROOT, Environment, SetUpFailed, commit_of_sources, copy_sources
-from tools.processes import Interrupted, interruptible
+from tools.outcome import exit_code_of
 from tools.progress import console, doing
 from tools.server import BUDGET, FLAGS, Answer, Server, ServerFailed, in_words, patch_table, varied_prompt, write_tiny_model
 
@@ -78,27 +77,21 @@ def main() -> int:
             Version(release)
         except InvalidVersion:
             parser.error(f"{release!r} is not a release of vLLM. Name it as in {RELEASES[-1]}.")
-    problems = []
-    try:
-        with interruptible():
-            if not arguments.render:
-                folder = arguments.folder.absolute()
-                wheel, commit = _build_wheel(folder), commit_of_sources()
-                for release in arguments.releases or RELEASES:
-                    record = serve(release, folder / release, wheel, commit, keep=arguments.keep)
-                    write(record)
-                    if record.problem:
-                        problems.append(f"{release}: {record.problem}")
+
+    def work() -> list[str]:
+        problems = []
+        if not arguments.render:
+            folder = arguments.folder.absolute()
+            wheel, commit = _build_wheel(folder), commit_of_sources()
+            for release in arguments.releases or RELEASES:
+                record = serve(release, folder / release, wheel, commit, keep=arguments.keep)
+                write(record)
+                if record.problem:
+                    problems.append(f"{release}: {record.problem}")
         DOCUMENT.write_text(render(read()), encoding="utf-8")
-    except SetUpFailed as error:
-        print(error, file=sys.stderr)
-        return 1
-    except Interrupted as error:
-        console.print(f"\n[yellow]{error}.[/] What was recorded before is kept; no process is left.")
-        return error.exit_code
-    for problem in problems:
-        console.print(f"[bold red]Failed.[/] {escape(problem)}", soft_wrap=True)
-    return 1 if problems else 0
+        return problems
+
+    return exit_code_of(work)
 
 
 def serve(release: str, folder: Path, wheel: Path, commit: str, *, keep: bool) -> Record:

@@ -26,12 +26,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from packaging.utils import parse_wheel_filename
-from rich.markup import escape
 
 from tools import published, wheels_document
 from tools.environment import ROOT, SetUpFailed, commit_of_sources, copy_sources, run_step
-from tools.processes import Interrupted, interruptible
-from tools.progress import console, doing
+from tools.outcome import exit_code_of
+from tools.progress import doing
 from vllm_glm_patch import catalog
 from vllm_glm_patch.version import __version__
 
@@ -101,21 +100,13 @@ def main() -> int:
     parser.add_argument("--python", action="append", choices=PYTHONS, help="try this Python only; may be given several times")
     parser.add_argument("--render", action="store_true", help="only write the document of what is recorded")
     arguments = parser.parse_args()
-    problems: list[str] = []
-    try:
-        with interruptible():
-            if not arguments.render:
-                problems = make_and_try(arguments.python or PYTHONS)
+
+    def work() -> list[str]:
+        problems = [] if arguments.render else make_and_try(arguments.python or PYTHONS)
         wheels_document.write()
-    except SetUpFailed as error:
-        print(error, file=sys.stderr)
-        return 1
-    except Interrupted as error:
-        console.print(f"\n[yellow]{error}.[/] What was recorded before is kept; no process is left.")
-        return error.exit_code
-    for problem in problems:
-        console.print(f"[bold red]Failed.[/] {escape(problem)}", soft_wrap=True)
-    return 1 if problems else 0
+        return problems
+
+    return exit_code_of(work)
 
 
 def make_and_try(pythons: Sequence[str]) -> list[str]:
