@@ -22,8 +22,8 @@ from vllm_glm_patch.moe.reference import fused_moe
 from vllm_glm_patch.tools.bench import kernel, kernel_card, kernel_run, kernel_upstream, schema
 from vllm_glm_patch.tools.bench.kernel import Case, Died, Lab, Ours, Work
 from vllm_glm_patch.tools.bench.kernel_card import Roofline
-from vllm_glm_patch.tools.bench.kernel_upstream import NotInThisVllm, call_by_name
 from vllm_glm_patch.tools.processes import Interrupted
+from vllm_glm_patch.tools.vllm_moe import NotInThisVllm, call_by_name
 
 CPU = torch.device("cpu")
 ROOFLINE = Roofline(copy_tb_s=2.0, read_tb_s=3.0, fp8_tf_s=1000.0)
@@ -485,6 +485,15 @@ def test_triton_is_told_the_scheme_as_flags_or_as_one_argument(
     module(monkeypatch, f"{FUSED_MOE}.fused_moe", fused_experts=new)
     module(monkeypatch, f"{FUSED_MOE}.config", fp8_w8a8_moe_quant_config=fp8_w8a8_moe_quant_config)
     assert kernel_upstream.triton(inputs, SPACE)()["quant_config"] == (True, True)
+
+
+def test_a_vllm_that_asks_for_a_description_it_has_no_maker_of_is_told(
+    monkeypatch: pytest.MonkeyPatch, inputs: generators.Inputs
+) -> None:
+    module(monkeypatch, f"{FUSED_MOE}.fused_moe", fused_experts=lambda hidden_states, quant_config: None)
+    module(monkeypatch, f"{FUSED_MOE}.config")
+    with pytest.raises(NotInThisVllm, match="config has no fp8_w8a8_moe_quant_config"):
+        kernel_upstream.triton(inputs, SPACE)
 
 
 def test_the_tuned_table_is_that_of_the_h200_and_its_nearest_entry(

@@ -20,8 +20,9 @@ from ...errors import UserError
 from ...moe.problem import GLM_SHAPES
 from ...settings import Settings
 from ..processes import check_interrupted
+from ..vllm_moe import NotInThisVllm
 from .kernel_card import Roofline
-from .kernel_upstream import NAMES, Builder, NotInThisVllm
+from .kernel_upstream import NAMES, Builder
 
 if TYPE_CHECKING:
     import torch

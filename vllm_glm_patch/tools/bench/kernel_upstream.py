@@ -1,17 +1,15 @@
-"""The fused MoE of the installed vLLM for this scheme, callable beside ours: CUTLASS, Triton, Triton with its H200 table.
-
-vLLM's own functions are called as its own layers call them. Their arguments differ between releases, so each is given by
-its name: what a release does not ask for is left out, and one that asks for something unknown is not measured.
-"""
+"""The fused MoE of the installed vLLM for this scheme, callable beside ours: CUTLASS, Triton, Triton with its H200 table."""
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .. import vllm_moe
+from ..vllm_moe import FUSED_MOE, NotInThisVllm
 
 if TYPE_CHECKING:
     import torch
@@ -19,32 +17,11 @@ if TYPE_CHECKING:
     from vllm_glm_patch.moe.generators import Inputs
 
 NAMES = ("cutlass", "triton", "triton_tuned")
-_FUSED_MOE = "vllm.model_executor.layers.fused_moe"
-_CUTLASS = (f"{_FUSED_MOE}.experts.cutlass_moe", f"{_FUSED_MOE}.cutlass_moe")  # from 0.20 on; before
 _DTYPE = "fp8_w8a8"
 _CARD_OF_THE_TABLE = "NVIDIA_H200"
 
 Call = Callable[[], Any]
 Builder = Callable[["Inputs", "torch.Tensor"], Call]
-
-
-class NotInThisVllm(Exception):
-    """This release lacks the function, or asks for something that is not known here; the text says what."""
-
-
-def call_by_name(function: Callable[..., Any], known: Mapping[str, Any], what: str) -> Any:
-    """Call a function with those of the known arguments that it takes.
-
-    Raises:
-        NotInThisVllm: it needs one that is not known.
-    """
-    taken = {}
-    for name, parameter in inspect.signature(function).parameters.items():
-        if name in known:
-            taken[name] = known[name]
-        elif parameter.default is inspect.Parameter.empty and parameter.kind is not inspect.Parameter.VAR_KEYWORD:
-            raise NotInThisVllm(f"{what} of this vLLM asks for {name!r}, which is not known here")
-    return function(**taken)
 
 
 def cutlass(inputs: Inputs, space: torch.Tensor) -> Call:
@@ -54,40 +31,14 @@ def cutlass(inputs: Inputs, space: torch.Tensor) -> Call:
     Args:
         space: bf16, at least 2 · pairs · max(hidden, 2 · intermediate) elements.
     """
-    import torch
-
-    module = _first_module(_CUTLASS)
-    p = inputs.problem
-    known = _known(inputs)
+    module = _first_module(vllm_moe.CUTLASS)
+    layer = _layer(inputs)
     if hasattr(module, "cutlass_moe_fp8"):
-        known |= {"a": inputs.hidden_states, "w1_q": inputs.w13, "w2_q": inputs.w2, "activation": "silu"}
-        known |= {"per_act_token": True} | _quant_config(inputs)
-        return lambda: call_by_name(module.cutlass_moe_fp8, known, "cutlass_moe_fp8")
-    run = _attribute(module, "run_cutlass_moe_fp8")
-    ops = import_module("vllm._custom_ops")
-    wide = p.pairs * max(p.hidden_size, 2 * p.intermediate_size)
-    output = torch.empty_like(inputs.hidden_states)
-    known |= {
-        "output": output,
-        "workspace13": space[:wide].view(p.pairs, -1),
-        "workspace2": space[wide : 2 * wide].view(p.pairs, -1),
-        "expert_num_tokens": None,
-        "out_dtype": torch.bfloat16,
-        "per_act_token": True,
-        "per_out_ch": True,
-        "use_batched_format": False,
-        "activation": _silu(),
-        "activation_callable": lambda out, both: torch.ops._C.silu_and_mul(out, both),
-        "permute_scratch": _scratch(inputs),
-    }
-    call_with_nothing_missing(run, {*known, "hidden_states", "a1q_scale"}, "run_cutlass_moe_fp8")
-
-    def call() -> torch.Tensor:
-        a, scale = ops.scaled_fp8_quant(inputs.hidden_states, use_per_token_if_dynamic=True)
-        call_by_name(run, {**known, "hidden_states": a, "a1q_scale": scale}, "run_cutlass_moe_fp8")
-        return output
-
-    return call
+        return vllm_moe.cutlass_moe_fp8(module.cutlass_moe_fp8, layer)
+    run = vllm_moe.attribute(module, "run_cutlass_moe_fp8")
+    width = vllm_moe.workspace_width(inputs.problem)
+    spaces = space[: 2 * inputs.problem.pairs * width].view(2, inputs.problem.pairs, width)
+    return vllm_moe.run_cutlass_moe_fp8(run, layer, spaces[0], spaces[1])
 
 
 def triton(inputs: Inputs, space: torch.Tensor) -> Call:
@@ -97,12 +48,12 @@ def triton(inputs: Inputs, space: torch.Tensor) -> Call:
 
 def triton_tuned(inputs: Inputs, space: torch.Tensor) -> Call:
     """fused_experts with the tiles of vLLM's table for the H200, whatever the card."""
-    module = _module(_FUSED_MOE)
+    module = vllm_moe.module(FUSED_MOE)
     p = inputs.problem
     file = table_of(Path(str(module.__file__)).parent, p.experts, p.intermediate_size)
     config = nearest(json.loads(file.read_text()), p.tokens)
     call = _fused_experts(inputs)
-    override = _attribute(module, "override_config")
+    override = vllm_moe.attribute(module, "override_config")
 
     def overridden() -> Any:
         with override(config):
@@ -134,81 +85,15 @@ def nearest(table: Mapping[str, Any], tokens: int) -> dict[str, Any]:
 
 
 def _fused_experts(inputs: Inputs) -> Call:
-    module = _module(f"{_FUSED_MOE}.fused_moe")
-    run = _attribute(module, "fused_experts")
-    known = _known(inputs) | {"hidden_states": inputs.hidden_states, "use_fp8_w8a8": True, "per_channel_quant": True}
-    known |= _quant_config(inputs)
-    call_with_nothing_missing(run, set(known), "fused_experts")
-    return lambda: call_by_name(run, known, "fused_experts")
+    function = vllm_moe.attribute(vllm_moe.module(f"{FUSED_MOE}.fused_moe"), "fused_experts")
+    return vllm_moe.fused_experts(function, _layer(inputs))
 
 
-def call_with_nothing_missing(function: Callable[..., Any], known: set[str], what: str) -> None:
-    """Raise NotInThisVllm where `call_by_name` would, without a call."""
-    call_by_name(_with_signature_of(function), dict.fromkeys(known), what)
-
-
-def _with_signature_of(function: Callable[..., Any]) -> Callable[..., None]:
-    def nothing(**_: Any) -> None:
-        return None
-
-    nothing.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
-    return nothing
-
-
-def _known(inputs: Inputs) -> dict[str, Any]:
-    """What any of the functions may ask for, by its name; strides count elements of one row, an expert each."""
-    import torch
-
-    p = inputs.problem
-
-    def strides(value: int) -> torch.Tensor:
-        return torch.full((p.experts,), value, device=inputs.hidden_states.device, dtype=torch.int64)
-
-    return {
-        "w1": inputs.w13,
-        "w2": inputs.w2,
-        "w1_scale": inputs.w13_scale.unsqueeze(-1),
-        "w2_scale": inputs.w2_scale.unsqueeze(-1),
-        "a1_scale": None,
-        "a2_scale": None,
-        "topk_weights": inputs.topk_weights,
-        "topk_ids": inputs.topk_ids,
-        "global_num_experts": p.global_experts,
-        "expert_map": inputs.expert_map,
-        "ab_strides1": strides(p.hidden_size),
-        "ab_strides2": strides(p.intermediate_size),
-        "c_strides1": strides(2 * p.intermediate_size),
-        "c_strides2": strides(p.hidden_size),
-    }
-
-
-def _quant_config(inputs: Inputs) -> dict[str, Any]:
-    """The quantisation as one argument, from 0.11 on."""
-    try:
-        make = import_module(f"{_FUSED_MOE}.config").fp8_w8a8_moe_quant_config
-    except (ImportError, AttributeError):
-        return {}
-    known: dict[str, Any] = {"w1_scale": inputs.w13_scale.unsqueeze(-1), "w2_scale": inputs.w2_scale.unsqueeze(-1)}
-    known |= {"per_act_token_quant": True, "per_out_ch_quant": True}
-    return {"quant_config": call_by_name(make, known, "fp8_w8a8_moe_quant_config")}
-
-
-def _silu() -> Any:
-    try:
-        return import_module(f"{_FUSED_MOE}.activation").MoEActivation.SILU
-    except ImportError:
-        return "silu"
-
-
-def _scratch(inputs: Inputs) -> Any:
-    """What vLLM keeps between calls from 0.23 on; None before."""
-    try:
-        make = import_module(f"{_FUSED_MOE}.moe_permute_unpermute").MoEPermuteScratch
-    except (ImportError, AttributeError):
-        return None
-    p = inputs.problem
-    known = {"max_num_tokens": p.tokens, "topk": p.top_k, "num_experts": p.global_experts, "num_local_experts": p.experts}
-    return call_by_name(make, {**known, "device": inputs.hidden_states.device}, "MoEPermuteScratch")
+def _layer(inputs: Inputs) -> vllm_moe.Layer:
+    return vllm_moe.Layer(
+        inputs.problem, inputs.hidden_states, inputs.w13, inputs.w2, inputs.w13_scale.unsqueeze(-1),
+        inputs.w2_scale.unsqueeze(-1), inputs.topk_weights, inputs.topk_ids, inputs.expert_map,
+    )  # fmt: skip
 
 
 def _first_module(names: tuple[str, ...]) -> Any:
@@ -217,18 +102,4 @@ def _first_module(names: tuple[str, ...]) -> Any:
             return import_module(name)
         except ModuleNotFoundError:
             continue
-    return _module(names[-1])
-
-
-def _module(name: str) -> Any:
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise NotInThisVllm(f"{name} cannot be imported: {error}") from error
-
-
-def _attribute(module: Any, name: str) -> Any:
-    try:
-        return getattr(module, name)
-    except AttributeError:
-        raise NotInThisVllm(f"{module.__name__} has no {name}") from None
+    return vllm_moe.module(names[-1])

@@ -1,17 +1,17 @@
 """vLLM's own FP8 MoE path, kernel by kernel and whole, as its releases 0.10.0 to 0.33.0 call it on Hopper.
 
 Up to 0.10.1.1: get_cutlass_moe_mm_data and a gather, both GEMMs, another gather, moe_sum. From 0.10.2 on: moe_permute,
-both GEMMs, moe_unpermute. Arguments are passed by name, and only those that the installed function has. Functions are
-looked up at each call, so that what is patched in their place is what is called.
+both GEMMs, moe_unpermute. Whole layers are called as vllm_moe.py does. Functions are looked up at each call, so that what is
+patched in their place is what is called.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from types import ModuleType
 from typing import Any, Optional
 
@@ -19,13 +19,14 @@ import torch
 from packaging.version import Version
 
 from ... import upstream
+from .. import vllm_moe
+from ..vllm_moe import FUSED_MOE
 from .backend import Note
 from .cases import ROUTINGS, Kernel
 from .journal import OK, WRONG, Outcome
 from .material import GEMM_LIMIT, QUANTISE_LIMIT, ROUNDING_LIMIT, Buffers, Call, Material, compare, quantise, same, sample
 
 Make = Callable[[Material, Note], Call]
-_MOE = "vllm.model_executor.layers.fused_moe"
 _SWAPPED = 64  # rows up to which vLLM's grouped GEMM takes its problem sizes as (columns, rows, depth); all releases
 _BF16 = torch.bfloat16
 
@@ -42,10 +43,10 @@ class Upstream:
         self.found = upstream.find_installed()
         self._why: dict[str, str] = {}
         self.ops = self._module("ops", "vllm._custom_ops")
-        self.cutlass = self._module("cutlass", f"{_MOE}.experts.cutlass_moe", f"{_MOE}.cutlass_moe")
-        self.permute = self._module("permute", f"{_MOE}.moe_permute_unpermute")
-        self.router = self._module("router", f"{_MOE}.router.grouped_topk_router", f"{_MOE}.fused_moe")
-        self.triton = self._module("triton", f"{_MOE}.fused_moe")
+        self.cutlass = self._module("cutlass", *vllm_moe.CUTLASS)
+        self.permute = self._module("permute", f"{FUSED_MOE}.moe_permute_unpermute")
+        self.router = self._module("router", f"{FUSED_MOE}.router.grouped_topk_router", f"{FUSED_MOE}.fused_moe")
+        self.triton = self._module("triton", f"{FUSED_MOE}.fused_moe")
 
     @property
     def old(self) -> bool:
@@ -150,9 +151,9 @@ class Upstream:
             "b_scales": scales.unsqueeze(-1).contiguous(),
             "expert_offsets": m.first_rows[:-1].to(torch.int32 if self.old else torch.int64).contiguous(),
             "problem_sizes": torch.stack(sizes, 1).int().contiguous(),
-            "a_strides": _stride(p.experts, depth, device),
-            "b_strides": _stride(p.experts, depth, device),
-            "c_strides": _stride(p.experts, columns, device),
+            "a_strides": vllm_moe.strides(p.experts, depth, device),
+            "b_strides": vllm_moe.strides(p.experts, depth, device),
+            "c_strides": vllm_moe.strides(p.experts, columns, device),
         }
 
         def run(b: Buffers) -> torch.Tensor:
@@ -179,7 +180,7 @@ class Upstream:
         buffers = {"out": torch.empty(m.problem.pairs, width, device=m.device, dtype=_BF16), "input": x}
 
         def run(b: Buffers) -> torch.Tensor:
-            torch.ops._C.silu_and_mul(b["out"], b["input"])
+            vllm_moe.swiglu(b["out"], b["input"])
             return b["out"]
 
         def check(out: torch.Tensor) -> Outcome:
@@ -314,32 +315,30 @@ class Upstream:
     def _routed(self, b: Buffers, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.router is not None
         function = self.router.grouped_topk
-        known = inspect.signature(inspect.unwrap(function)).parameters
         values: dict[str, Any] = {
             **b, "topk": top_k, "renormalize": True, "num_expert_group": 1, "topk_group": 1, "scoring_func": "sigmoid",
             "routed_scaling_factor": 1.0,
         }  # fmt: skip
         with _eager(function):
-            weights, ids = function(**{name: value for name, value in values.items() if name in known})
+            weights, ids = vllm_moe.call_by_name(function, values, "grouped_topk")
         return weights, ids
 
     def layer(self, m: Material, note: Note) -> Call:
         """The whole layer through CUTLASS, tokens to tokens."""
-        buffers = self._layer_buffers(m)
         assert self.cutlass is not None
-        whole = getattr(self.cutlass, "cutlass_moe_fp8", None) if self.old else None
+        whole = self.old and hasattr(self.cutlass, "cutlass_moe_fp8")
 
         def run(b: Buffers) -> torch.Tensor:
-            if whole is not None:
-                out: torch.Tensor = self.cutlass.cutlass_moe_fp8(  # type: ignore[union-attr]
-                    b["hidden_states"], b["w1"], b["w2"], b["topk_weights"].clone(), b["topk_ids"], b["w1_scale"],
-                    b["w2_scale"], per_act_token=True, expert_map=b.get("expert_map"),
-                    global_num_experts=m.problem.global_experts,
-                )  # fmt: skip
-                return out
-            return self._run_cutlass(m, b)
+            assert self.cutlass is not None
+            given = vllm_moe.Layer(m.problem, **b)
+            if whole:
+                given = replace(given, topk_weights=given.topk_weights.clone())
+                return vllm_moe.cutlass_moe_fp8(self.cutlass.cutlass_moe_fp8, given)()
+            size = m.problem.pairs, vllm_moe.workspace_width(m.problem)
+            spaces = (torch.empty(size, device=m.device, dtype=_BF16) for _ in range(2))
+            return vllm_moe.run_cutlass_moe_fp8(self.cutlass.run_cutlass_moe_fp8, given, *spaces)()
 
-        return Call(buffers, run, m.check_layer)
+        return Call(self._layer_buffers(m), run, m.check_layer)
 
     def _layer_buffers(self, m: Material) -> dict[str, torch.Tensor]:
         buffers = {
@@ -353,71 +352,14 @@ class Upstream:
         }
         return buffers if m.expert_map is None else {**buffers, "expert_map": m.expert_map}
 
-    def _run_cutlass(self, m: Material, b: Buffers) -> torch.Tensor:
-        assert self.ops is not None and self.cutlass is not None
-        p, device = m.problem, m.device
-        output = torch.empty_like(b["hidden_states"])
-        quantised, scales = self.ops.scaled_fp8_quant(b["hidden_states"], use_per_token_if_dynamic=True)
-        strides = {width: _stride(p.experts, width, device) for width in (p.hidden_size, p.intermediate_size)}
-        wide = max(p.hidden_size, 2 * p.intermediate_size)
-        values: dict[str, Any] = {
-            **b, "output": output, "hidden_states": quantised, "activation": self._silu(),
-            "activation_callable": lambda out, x: torch.ops._C.silu_and_mul(out, x),
-            "global_num_experts": p.global_experts, "expert_map": b.get("expert_map"), "a1q_scale": scales, "a2_scale": None,
-            "ab_strides1": strides[p.hidden_size], "ab_strides2": strides[p.intermediate_size],
-            "c_strides1": _stride(p.experts, 2 * p.intermediate_size, device), "c_strides2": strides[p.hidden_size],
-            "workspace13": torch.empty(p.pairs, wide, device=device, dtype=_BF16),
-            "workspace2": torch.empty(p.pairs, wide, device=device, dtype=_BF16), "expert_num_tokens": None,
-            "out_dtype": _BF16, "per_act_token": True, "per_out_ch": True, "use_batched_format": False,
-            "permute_scratch": self._scratch(m),
-        }  # fmt: skip
-        run = self.cutlass.run_cutlass_moe_fp8
-        known = inspect.signature(inspect.unwrap(run)).parameters
-        run(**{name: value for name, value in values.items() if name in known})
-        return output
-
-    def _silu(self) -> Any:
-        try:
-            return importlib.import_module(f"{_MOE}.activation").MoEActivation.SILU
-        except (ImportError, AttributeError):
-            return "silu"
-
-    def _scratch(self, m: Material) -> Any:
-        """The buffers that vLLM reuses from call to call, from 0.23 on, anew; None where its class is unlike any known."""
-        made = getattr(self.permute, "MoEPermuteScratch", None)
-        if made is None:
-            return None
-        p = m.problem
-        values = {
-            "max_num_tokens": p.tokens, "topk": p.top_k, "num_experts": p.global_experts, "num_local_experts": p.experts,
-            "device": torch.device(m.device),
-        }  # fmt: skip
-        known = inspect.signature(made).parameters
-        return made(**{name: value for name, value in values.items() if name in known})
-
     def triton_layer(self, m: Material, note: Note) -> Call:
         """The whole layer through vLLM's Triton kernels, which it takes where it does not take CUTLASS."""
-        buffers = self._layer_buffers(m)
-        assert self.triton is not None
-        function = self.triton.fused_experts
-        known = inspect.signature(inspect.unwrap(function)).parameters
 
         def run(b: Buffers) -> torch.Tensor:
-            values: dict[str, Any] = {**b, "global_num_experts": m.problem.global_experts}
-            values.update(use_fp8_w8a8=True, per_channel_quant=True)
-            if "quant_config" in known:
-                config = importlib.import_module(f"{_MOE}.config")
-                values["quant_config"] = config.fp8_w8a8_moe_quant_config(
-                    w1_scale=b["w1_scale"], w2_scale=b["w2_scale"], per_act_token_quant=True, per_out_ch_quant=True
-                )
-            out: torch.Tensor = function(**{name: value for name, value in values.items() if name in known})
-            return out
+            assert self.triton is not None
+            return vllm_moe.fused_experts(self.triton.fused_experts, vllm_moe.Layer(m.problem, **b))()
 
-        return Call(buffers, run, m.check_layer)
-
-
-def _stride(experts: int, value: int, device: str) -> torch.Tensor:
-    return torch.full((experts,), value, device=device, dtype=torch.int64)
+        return Call(self._layer_buffers(m), run, m.check_layer)
 
 
 def _eager(function: Any) -> AbstractContextManager[object]:
