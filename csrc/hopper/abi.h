@@ -105,22 +105,39 @@ constexpr Kernel kernels[] = {
     {"glm_gemm1_decode_t16", "gemm1_decode.cu", Family::gemm1_decode, Grid::persistent, 256, 1, 16, 32, 18, 10240, true, {Map::w13_interleaved, Map::none}},
     {"glm_gemm1_decode_t32", "gemm1_decode.cu", Family::gemm1_decode, Grid::persistent, 256, 1, 32, 64, 9, 20480, true, {Map::w13_interleaved, Map::none}},
     {"glm_gemm1_decode_t64", "gemm1_decode.cu", Family::gemm1_decode, Grid::persistent, 256, 1, 64, 64, 8, 24576, true, {Map::w13_interleaved, Map::none}},
-    {"glm_gemm2_decode_t8", "gemm2_decode.cu", Family::gemm2_decode, Grid::persistent, 256, 1, 8, 128, 12, 16384, true, {Map::w2_rows, Map::none}},
-    {"glm_gemm2_decode_t16", "gemm2_decode.cu", Family::gemm2_decode, Grid::persistent, 256, 1, 16, 128, 12, 16384, true, {Map::w2_rows, Map::none}},
-    {"glm_gemm2_decode_t32", "gemm2_decode.cu", Family::gemm2_decode, Grid::persistent, 256, 1, 32, 128, 10, 16384, true, {Map::w2_rows, Map::none}},
-    {"glm_gemm2_decode_t64", "gemm2_decode.cu", Family::gemm2_decode, Grid::persistent, 256, 1, 64, 128, 6, 16384, true, {Map::w2_rows, Map::none}},
+    {"glm_gemm2_decode_t8", "gemm2_decode.cu", Family::gemm2_decode, Grid::persistent, 384, 1, 8, 128, 12, 16384, true, {Map::w2_rows, Map::none}},
+    {"glm_gemm2_decode_t16", "gemm2_decode.cu", Family::gemm2_decode, Grid::persistent, 384, 1, 16, 128, 12, 16384, true, {Map::w2_rows, Map::none}},
+    {"glm_gemm2_decode_t32", "gemm2_decode.cu", Family::gemm2_decode, Grid::persistent, 384, 1, 32, 128, 10, 16384, true, {Map::w2_rows, Map::none}},
+    {"glm_gemm2_decode_t64", "gemm2_decode.cu", Family::gemm2_decode, Grid::persistent, 384, 1, 64, 128, 6, 16384, true, {Map::w2_rows, Map::none}},
     {"glm_topk_sum", "topk_sum.cu", Family::sum, Grid::per_vector, 256, 1, 0, 8, 0, 0, true, {Map::none, Map::none}},
 };
 
 // Barriers, scales and item numbers lie in this many bytes behind the stages; the first stage is aligned to 1024 by hand.
 constexpr int shared_extra = 4096;
 
-// Dynamic shared memory of a launch. decode GEMM2 also keeps the tile's FP8 rows and a staging area for its output.
+#ifdef __CUDACC__
+#define GLM_BOTH_SIDES __host__ __device__ constexpr
+#else
+#define GLM_BOTH_SIDES constexpr
+#endif
+
+// What a multiplying warpgroup of decode GEMM2 keeps: its tile's FP8 rows, a staging area for its output, scales and pairs.
+GLM_BOTH_SIDES int gemm2_decode_room(int tile_rows, int intermediate_size) {
+    return (tile_rows * ((intermediate_size + 127) / 128 * 128 + 272 + 8) + 1023) / 1024 * 1024;
+}
+// How many such warpgroups there are: two, which take turns, where there is room for both (232448 bytes a block).
+GLM_BOTH_SIDES int gemm2_decode_consumers(int stages, int stage_bytes, int tile_rows, int intermediate_size) {
+    const int both = stages * stage_bytes + shared_extra + 1024 + 2 * gemm2_decode_room(tile_rows, intermediate_size);
+    return both <= 232448 ? 2 : 1;
+}
+
+// Dynamic shared memory of a launch.
 constexpr int shared_bytes(const Kernel& kernel, int intermediate_size) {
     if (kernel.family == Family::sum) return 0;
     int bytes = kernel.stages * kernel.stage_bytes + shared_extra + 1024;
     if (kernel.family == Family::gemm2_decode)
-        bytes += kernel.tile_rows * ((intermediate_size + 127) / 128 * 128 + 272);
+        bytes += gemm2_decode_consumers(kernel.stages, kernel.stage_bytes, kernel.tile_rows, intermediate_size) *
+                 gemm2_decode_room(kernel.tile_rows, intermediate_size);
     return bytes;
 }
 

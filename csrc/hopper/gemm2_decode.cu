@@ -2,7 +2,8 @@
 //
 // Work items are (tile, 128 hidden channels), and a block takes a contiguous, equal share of them, so it quantises the rows
 // of one or two tiles only. One thread fills a ring of weight K steps by TMA and starts before the previous launch has
-// ended; one warpgroup multiplies and writes bf16 partials [pairs, hidden_size].
+// ended; two warpgroups take turns at the items, so that one multiplies while the other writes its bf16 partials
+// [pairs, hidden_size]. Each has a copy of the tile's rows. Where there is no room for two copies, there is one warpgroup.
 #include "barrier.cuh"
 #include "epilogue.cuh"
 #include "mma.cuh"
@@ -81,14 +82,17 @@ GLM_DEVICE void gemm2_decode(const TensorMap& w2, const Gemm2DecodeArguments& p)
     constexpr u32 act_step_bytes = TOKENS * gemm2_decode_k_step;
     const int steps = divide_up(p.intermediate_size, gemm2_decode_k_step);
     const u32 ring = align_up(shared_base(), atom_bytes);
-    const u32 act = ring + STAGES * stage_bytes;             // [steps][TOKENS][128] FP8, swizzled
+    const int consumers = gemm2_decode_consumers(STAGES, stage_bytes, TOKENS, p.intermediate_size);
+    const u32 room = gemm2_decode_room(TOKENS, p.intermediate_size);
+    const int thread = thread_index();
+    const int warpgroup = warp_uniform(thread / 128);
+    const int consumer = warpgroup - 1;  // −1 copies
+    const u32 act = ring + STAGES * stage_bytes + (consumer > 0 ? room : 0);  // [steps][TOKENS][128] FP8, swizzled
     const u32 staging = act + steps * act_step_bytes;        // [TOKENS][128] bf16, padded rows
     const u32 scales = staging + TOKENS * staging_row_bytes; // [TOKENS] fp32: row's scale × routing weight
     const u32 pairs = scales + 4 * TOKENS;                   // [TOKENS] int32
-    const u32 full = pairs + 4 * TOKENS, empty = full + 8 * STAGES;
+    const u32 full = ring + STAGES * stage_bytes + consumers * room, empty = full + 8 * STAGES;
 
-    const int thread = thread_index();
-    const int warpgroup = warp_uniform(thread / 128);
     if (thread == 0) {
         prefetch_map(w2);
         for (int slot = 0; slot < STAGES; ++slot) {
@@ -120,12 +124,17 @@ GLM_DEVICE void gemm2_decode(const TensorMap& w2, const Gemm2DecodeArguments& p)
                 }
             }
         }
-    } else {
+    } else if (consumer < consumers) {
         const int t = thread % 128, lane = thread % 32;
         const int warp = warp_uniform(t / 32);
+        const int barrier = 1 + consumer;
         wait_for_previous_launch();
         int tile = -1, first_row = 0, size = 0;
         for (int item = first_item; item < end_item; ++item) {
+            if ((item - first_item) % consumers != consumer) {  // the other's
+                for (int step = 0; step < steps; ++step) position.advance();
+                continue;
+            }
             if (item / blocks != tile) {
                 tile = item / blocks;
                 first_row = p.tiles[p.max_tiles + tile];
@@ -146,7 +155,7 @@ GLM_DEVICE void gemm2_decode(const TensorMap& w2, const Gemm2DecodeArguments& p)
                     }
                 }
                 fence_proxy_async();
-                named_barrier(1, 128);
+                named_barrier(barrier, 128);
             }
             const int channel = item % blocks * gemm2_decode_channels;
             // Under way while the weights are waited for.
@@ -201,14 +210,14 @@ GLM_DEVICE void gemm2_decode(const TensorMap& w2, const Gemm2DecodeArguments& p)
                     }
                 }
             }
-            named_barrier(1, 128);
+            named_barrier(barrier, 128);
             // 16 threads take a row of 128 channels.
             for (int token = t / 16; token < TOKENS && token < size; token += 8) {
                 const Vector4 v = load_shared_16(staging + token * staging_row_bytes + 16 * (t % 16));
                 const i64 pair = load_shared_int(pairs + 4 * token);
                 store_16(p.partial + pair * p.hidden_size + channel + 8 * (t % 16), v);
             }
-            named_barrier(1, 128);
+            named_barrier(barrier, 128);
         }
     }
 }
@@ -218,7 +227,7 @@ GLM_DEVICE void gemm2_decode(const TensorMap& w2, const Gemm2DecodeArguments& p)
 using namespace glm_hopper;
 
 #define GLM_GEMM2_DECODE(name, tokens_per_tile, stages)                                                                        \
-    GLM_KERNEL(256) name(GLM_MAP w2, const u16* act, const float* w2_scales, const float* topk_weights, u16* partial,          \
+    GLM_KERNEL(384) name(GLM_MAP w2, const u16* act, const float* w2_scales, const float* topk_weights, u16* partial,          \
                          const int* rows, const int* tiles, const int* counts, int max_tiles, int hidden_size,                 \
                          int intermediate_size) {                                                                              \
         gemm2_decode<tokens_per_tile, stages>(w2, {act, w2_scales, topk_weights, partial, rows, tiles, counts, max_tiles,      \

@@ -110,8 +110,8 @@ def test_every_kernel_is_launched_as_abi_h_says(row, native: Native, mock: Mock)
     if row.family == "sum":
         assert launch.shared == 0
     else:
-        extra = row.tile_rows * (-(-WIDTH // 128) * 128 + 272) if row.family == "gemm2_decode" else 0
-        assert launch.shared == row.stages * row.stage_bytes + 4096 + 1024 + extra
+        room = -(-row.tile_rows * (-(-WIDTH // 128) * 128 + 280) // 1024) * 1024 if row.family == "gemm2_decode" else 0
+        assert launch.shared == row.stages * row.stage_bytes + 4096 + 1024 + 2 * room  # both warpgroups fit at this width
     assert [len(argument) for argument in launch.arguments] == argument_sizes()[row.family]
     maps = {
         "w13_rows": ([HIDDEN, 2 * WIDTH, EXPERTS], [HIDDEN, 2 * WIDTH * HIDDEN], [128, 96, 1], "w13"),
@@ -318,6 +318,11 @@ def test_the_second_kernel_is_checked_before_the_first_is_launched(native: Nativ
     with pytest.raises(HopperError, match="w2_scales is null"):
         native.run(0, 0, layer(w2_scales=0), both)
     assert mock.calls("cuLaunchKernelEx") == 0
+
+
+def test_decode_gemm2_has_one_warpgroups_rows_where_two_do_not_fit(native: Native, mock: Mock) -> None:
+    launch = run(native, "glm_gemm2_decode_t64", mock, intermediate_size=1536, w2_stride=1536 * HIDDEN)
+    assert launch.shared == 6 * 16384 + 4096 + 1024 + -(-64 * (1536 + 280) // 1024) * 1024
 
 
 def test_more_shared_memory_than_the_device_has_is_refused(opened: Native, mock: Mock) -> None:

@@ -107,8 +107,22 @@ _FAULTS = [
         "staging reused too early",
         _DECODE2,
         "glm_gemm2_decode_t16",
-        "            named_barrier(1, 128);\n        }\n    }\n}",
+        "            named_barrier(barrier, 128);\n        }\n    }\n}",
         "        }\n    }\n}",
+    ),
+    (
+        "both warpgroups at the same rows",
+        _DECODE2,
+        "glm_gemm2_decode_t16",
+        "(consumer > 0 ? room : 0)",
+        "0 * room",
+    ),
+    (
+        "one warpgroup does not skip the other's stages",
+        _DECODE2,
+        "glm_gemm2_decode_t16",
+        "for (int step = 0; step < steps; ++step) position.advance();",
+        "",
     ),
 ]
 
