@@ -4,6 +4,7 @@
 
 #include "allocator.h"
 #include "glm_fence.h"
+#include "launches.h"
 #include "torch_error.h"
 
 using glm_fence::Allocator;
@@ -23,7 +24,9 @@ glm_fence::PoolId pool_id(GlmFencePoolId id) { return {id.first, id.second}; }
 
 void* glm_fence_malloc(size_t size, int device, void* stream) {
   uint32_t stack = stack_of(size, device);
-  return Allocator::get().allocate(size, device, stream, stack);
+  void* address = Allocator::get().allocate(size, device, stream, stack);
+  if (address) glm_fence::begin_watching_launches();
+  return address;
 }
 
 void* glm_fence_torch_malloc(size_t size, int device, void* stream) {

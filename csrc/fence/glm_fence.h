@@ -82,3 +82,14 @@ GLM_FENCE_API int glm_fence_find(uint64_t address, GlmFenceBlock* out);
 GLM_FENCE_API size_t glm_fence_snapshot(GlmFenceBlock* out, size_t capacity);
 // Called before each allocation, outside every lock; its answer is stored as GlmFenceBlock::stack.
 GLM_FENCE_API void glm_fence_set_stack_function(GlmFenceStackFn function);
+
+// How launches are watched. Null or "" are the defaults that stand beside.
+struct GlmFenceLaunches {
+  const char* cupti;       // the library: libcupti.so.12
+  const char* libcuda;     // libcuda.so.1
+  const char* record;      // file for the launch that faulted, %p is the process id: launch-%p.json
+  GlmFenceStackFn stack;   // called once in the thread of that launch; null: none
+};
+// From the next allocation on, waits for every launch (not for those that a graph captures) and writes down the first that
+// fails, read by fence/launches.py. Never fails: without CUPTI it says so on standard error, once. Null: no longer.
+GLM_FENCE_API void glm_fence_watch_launches(const GlmFenceLaunches* options);

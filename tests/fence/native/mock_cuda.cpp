@@ -56,6 +56,9 @@ std::vector<Use> uses;
 std::map<std::string, long> calls;
 std::vector<std::string> violations;
 long contexts = 0;
+bool silent_after_fault = false;
+void* last_waited = nullptr;
+int fault = 0;  // what a kernel has done: every wait tells of it
 uint64_t next_capture = 1;
 thread_local int capture_mode = 0;
 thread_local std::vector<long> context_stack;
@@ -133,7 +136,44 @@ MOCK int cuCtxSynchronize() {
   }
   for (MockStream* stream : streams)
     if (stream->device == current_device()) stream->done = stream->submitted;
+  return fault;
+}
+MOCK int cuStreamSynchronize(void* stream) {
+  Lock lock(mutex);
+  unsafe("cuStreamSynchronize");
+  last_waited = stream;
+  if (reinterpret_cast<uintptr_t>(stream) <= 2) return fault;
+  auto* on = static_cast<MockStream*>(stream);
+  if (on->capture) {
+    violate("cuStreamSynchronize of a stream that is captured");
+    return kIllegalInCapture;
+  }
+  on->done = on->submitted;
+  return fault;
+}
+
+// A handle of a kernel, CUfunction or CUkernel: the driver may crash on the wrong one of the two.
+struct MockKernel {
+  int kind;  // 1: CUfunction, 2: CUkernel
+  int count;
+  size_t offsets[8], sizes[8];
+};
+static int parameter(const char* name, int kind, void* handle, size_t index, size_t* offset, size_t* size) {
+  Lock lock(mutex);
+  ++calls[name];
+  auto* kernel = static_cast<MockKernel*>(handle);
+  if (kernel->kind != kind) violate(std::string(name) + " with a handle of the other kind");
+  if (fault && silent_after_fault) return fault;
+  if (index >= size_t(kernel->count)) return kInvalid;
+  *offset = kernel->offsets[index];
+  *size = kernel->sizes[index];
   return kOk;
+}
+MOCK int cuFuncGetParamInfo(void* function, size_t index, size_t* offset, size_t* size) {
+  return parameter("cuFuncGetParamInfo", 1, function, index, offset, size);
+}
+MOCK int cuKernelGetParamInfo(void* kernel, size_t index, size_t* offset, size_t* size) {
+  return parameter("cuKernelGetParamInfo", 2, kernel, index, offset, size);
 }
 MOCK int cuMemGetAllocationGranularity(size_t* granularity, const Properties*, int) {
   *granularity = kGranularity;
@@ -267,6 +307,7 @@ MOCK int cuEventQuery(void* event) {
 MOCK int cuStreamIsCapturing(void* stream, int* status) {
   Lock lock(mutex);
   if (!stream && any_capture(current_device())) return kImplicit;
+  if (stream == reinterpret_cast<void*>(2)) return *status = 0, kOk;  // the thread's own stream
   *status = resolve(stream)->capture ? 1 : 0;
   return kOk;
 }
@@ -319,6 +360,12 @@ MOCK void mock_destroy_stream(void* stream) {
   Lock lock(mutex);
   static_cast<MockStream*>(stream)->gone = true;
 }
+MOCK void mock_fault(int result, int silent) {
+  Lock lock(mutex);
+  fault = result;
+  silent_after_fault = silent != 0;
+}
+MOCK void* mock_last_waited() { return last_waited; }
 MOCK void mock_begin_capture(void* stream) {
   Lock lock(mutex);
   static_cast<MockStream*>(stream)->capture = next_capture++;
@@ -371,5 +418,8 @@ MOCK void mock_reset() {
   violations.clear();
   calls.clear();
   capacity.clear();
+  fault = 0;
+  silent_after_fault = false;
+  last_waited = nullptr;
   for (MockStream* stream : streams) stream->capture = 0;
 }

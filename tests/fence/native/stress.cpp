@@ -14,10 +14,13 @@ namespace {
 constexpr int kThreads = 4, kRounds = 250, kDevices = 2;
 
 void* mock;
+void* mock_cupti;
 template <class F>
 F* from_mock(const char* name) {
   return reinterpret_cast<F*>(dlsym(mock, name));
 }
+
+using Launch = void(const char*, const char*, void*, void*, void**, void**, int);
 
 void violated(const char* what) {
   fprintf(stderr, "%s\n", what);
@@ -28,6 +31,7 @@ void work(unsigned seed) {
   std::mt19937 random(seed);
   auto use = from_mock<void(void*, uint64_t)>("mock_use");
   auto finish = from_mock<void(void*)>("mock_finish");
+  auto launch = reinterpret_cast<Launch*>(dlsym(mock_cupti, "mock_cupti_kernel"));
   int device = int(seed % kDevices);
   void* own = from_mock<void*(int, int)>("mock_stream")(device, 0);
   void* side = from_mock<void*(int, int)>("mock_stream")(device, 0);
@@ -52,6 +56,7 @@ void work(unsigned seed) {
     }
     if (random() % 16 == 0) finish(own);
     if (random() % 16 == 0) finish(side);
+    if (random() % 16 == 0) launch("cuLaunchKernel", "_Z1kv", nullptr, own, nullptr, nullptr, 0);
     if (random() % 64 == 0) glm_fence_empty_cache();
     if (random() % 32 == 0) glm_fence_reap();
     GlmFenceStats stats;
@@ -101,11 +106,26 @@ int main(int, char** argv) {
   options.journal = argv[2];
   options.libcuda = argv[1];
   if (glm_fence_configure(&options)) return fprintf(stderr, "%s\n", glm_fence_last_error()), 2;
+  mock_cupti = dlopen(argv[3], RTLD_NOW);
+  if (!mock_cupti) return fprintf(stderr, "%s\n", dlerror()), 2;
+  GlmFenceLaunches launches{argv[3], argv[1], argv[4], nullptr};
+  glm_fence_watch_launches(&launches);
+  glm_fence_free(glm_fence_malloc(1, 0, nullptr), 1, 0, nullptr);  // the first allocation subscribes
   from_mock<void(int, uint64_t)>("mock_set_capacity")(1, 100 << 20);  // device 1 runs out of memory all the time
   std::vector<std::thread> threads;
   for (unsigned i = 0; i < kThreads; ++i) threads.emplace_back(work, 1234 + i);
   threads.emplace_back(capture);
   for (auto& thread : threads) thread.join();
+  if (from_mock<long(const char*)>("mock_calls")("cuStreamSynchronize") == 0) violated("no launch was waited for");
+  from_mock<void(int, int)>("mock_fault")(700, 0);  // and now all at once: one of them is written down
+  threads.clear();
+  auto launch = reinterpret_cast<Launch*>(dlsym(mock_cupti, "mock_cupti_kernel"));
+  for (unsigned i = 0; i < kThreads; ++i)
+    threads.emplace_back([launch] { launch("cuLaunchKernel", "_Z1kv", nullptr, nullptr, nullptr, nullptr, 0); });
+  for (auto& thread : threads) thread.join();
+  if (access(argv[4], R_OK) != 0) violated("the launch that faulted was not written down");
+  from_mock<void(int, int)>("mock_fault")(0, 0);
+  glm_fence_watch_launches(nullptr);
   from_mock<void()>("mock_forget_graphs")();
   glm_fence_shutdown();
   char text[4096];
