@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """`vllm serve` under the fence with PyTorch's own rounding (--align 512), nothing else changed.
 
-    fenced_serve.py MODEL OUT.json SERVER [SERVER ...] [--lengths 8191,8190,8192,8192] [--flags "..."]
+    fenced_serve.py MODEL OUT.json SERVER [SERVER ...] [--lengths 8191,8190,8192,8192] [--flags "..."] [--launches]
 
 A length given more than once is asked with another prompt each time: 8192 tokens over-read only where the last expert's
 rows are no multiple of 16, which one prompt in 16 spares in a model with one MoE layer.
 SERVER is a name and its environment: `upstream:VLLM_GLM_PATCH=0`, `patched`. A server named plain-... has no fence.
+--launches waits for every launch, so that the one that faults is named also where the driver writes no core dump.
 Writes answers, start-up time, tokens a second of a short decode, and the fence's report.
 """
 
@@ -24,7 +25,8 @@ from typing import Any
 import children
 from guarded_serve import FLAGS, TELLING, Server, prompt_of
 
-from vllm_glm_patch.fence import Options, command, dumping
+from vllm_glm_patch.fence import Options, command, dumping, xid
+from vllm_glm_patch.fence.report import FaultReport, reports
 
 
 def serve(text: str, arguments: argparse.Namespace, logs: Path) -> dict[str, Any]:
@@ -33,9 +35,10 @@ def serve(text: str, arguments: argparse.Namespace, logs: Path) -> dict[str, Any
     folder = logs / f"fence-{name}"
     if not name.startswith("plain"):
         folder.mkdir(exist_ok=True)
-        options = Options(align=512, stacks=True, directory=str(folder))
+        options = Options(align=512, stacks=True, launches=arguments.launches, directory=str(folder))
         fenced = command.environment(options, os.environ)
         environment = {**{k: v for k, v in fenced.items() if os.environ.get(k) != v}, **environment}
+    log = xid.KernelLog()
     server = Server(name, arguments.model, arguments.flags, environment, logs)
     row: dict[str, Any] = {"server": name, "fence": not name.startswith("plain"), "command": server.command, "answers": {}}
     try:
@@ -56,21 +59,27 @@ def serve(text: str, arguments: argparse.Namespace, logs: Path) -> dict[str, Any
         row["error"] = str(error)
     finally:
         if row["answers"] and list(row["answers"].values())[-1]["outcome"] == "died":
-            deadline = time.time() + 120
-            while time.time() < deadline and not any(map(dumping.complete, folder.glob("core-*"))):
-                time.sleep(0.5)  # the driver writes the core dump
-            row["seconds_of_dump"] = round(time.time() - deadline + 120, 1)
+            row["seconds_of_dump"] = _wait_for_dumps(folder)
         server.stop()
     row["log"] = server.lines(*TELLING)
-    row["reports"] = [_report(core) for core in sorted(folder.glob("core-*"))]
+    row["reports"] = [_report(found) for found in reports(folder, log)] if row["fence"] else []
+    row["kernel_log"] = log.problem or [fault.line for fault in log.faults()]
+    log.close()
     print(*row["log"], *[r["text"] for r in row["reports"]], sep="\n", flush=True)
     return row
 
 
-def _report(core: Path) -> dict[str, Any]:
-    from vllm_glm_patch.fence.report import report
+def _wait_for_dumps(folder: Path) -> float:
+    """Seconds until the driver has written its core dumps, or no longer does."""
+    began = time.monotonic()
+    while time.monotonic() - began < 10 and not list(folder.glob("core-*")):
+        time.sleep(0.5)
+    for core in folder.glob("core-*"):
+        dumping.wait(core)
+    return round(time.monotonic() - began, 1)
 
-    found = report(core)
+
+def _report(found: FaultReport) -> dict[str, Any]:
     return {"text": found.text(), **found.as_dict(), "transcript": found.dump.transcript[:6000]}
 
 
@@ -81,6 +90,7 @@ def main() -> None:
     parser.add_argument("servers", nargs="+")
     parser.add_argument("--flags", default=FLAGS)
     parser.add_argument("--lengths", default="8191,8190,8191,8190,8191,8190,8192,8192,8192,8193,12000,16384")
+    parser.add_argument("--launches", action="store_true", help="wait for every launch and name the one that faults")
     parser.add_argument("--stagger", type=float, default=60)
     arguments = parser.parse_args()
     logs = arguments.out.parent.resolve()

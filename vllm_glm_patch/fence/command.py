@@ -16,18 +16,21 @@ from pathlib import Path
 
 from . import dumping
 from .journal import read_journal
+from .launches import launch_records
 from .library import FenceError, library_path
 from .options import Options
-from .report import CORE_PATTERN, FaultReport, core_dumps, report
+from .report import CORE_PATTERN, FaultReport, core_dumps, faulted, only_in_log, process_of, processes, report_process
 from .rerun import search_size
+from .xid import KernelLog
 
 HOOK = Path(__file__).with_name("hook")
 _FAULT_TEXTS = ("an illegal memory access was encountered", "CUDA_ERROR_ILLEGAL_ADDRESS")
 _WITHOUT_DUMP = (
-    "what faulted could not be read from the core dump. A command that faults by itself can be searched with --rerun; for a "
-    "server set CUDA_LAUNCH_BLOCKING=1 and send it the same requests: the traceback in its log then names the launch."
+    "what faulted could not be read from the core dump. Run it again with --launches, which names the kernel without one. A "
+    "command that faults by itself can also be searched with --rerun; for a server set CUDA_LAUNCH_BLOCKING=1 and send it the "
+    "same requests: the traceback in its log then names the launch."
 )
-_SETTLED = 10  # seconds without growth: a core dump that is not whole will not become so
+_SETTLED = 10.0  # seconds without growth: a core dump that is not whole will not become so
 # A core dump with registers, code and kernel parameters, but without the card's memory: megabytes, not 80 GB.
 _DUMP_FLAGS = "skip_nonrelocated_elf_images,skip_global_memory,skip_shared_memory,skip_local_memory"
 
@@ -40,6 +43,7 @@ def environment(options: Options, base: Mapping[str, str] = os.environ) -> dict[
     result["CUDA_ENABLE_COREDUMP_ON_EXCEPTION"] = "1"
     result["CUDA_COREDUMP_FILE"] = str(Path(options.directory) / CORE_PATTERN)
     result.setdefault("CUDA_COREDUMP_GENERATION_FLAGS", _DUMP_FLAGS)
+    result.setdefault("CUDA_COREDUMP_SHOW_PROGRESS", "1")  # the driver then says where a dump stops
     return result
 
 
@@ -49,7 +53,7 @@ def run(command: list[str], options: Options | None = None, rerun: bool = False)
     Args:
         command: program and arguments.
         options: a directory of its own is made where they name none; it is kept if there was a fault.
-        rerun: where a core dump names no kernel, or cuda-gdb is missing, find the block by running the command again
+        rerun: where nothing names the kernel, find the block by running the command again
             (see rerun.py).
 
     Returns:
@@ -75,7 +79,7 @@ def run(command: list[str], options: Options | None = None, rerun: bool = False)
         print(f"fence: report, core dumps and lists of blocks are in {directory}", file=sys.stderr)
     elif own_directory:
         shutil.rmtree(directory, ignore_errors=True)
-    unread = [one for one in reports if not one.dump.kernel]
+    unread = [one for one in reports if not one.kernel]
     if unread and rerun:
         _find_by_rerun(command, options, unread[0])
     elif unread:
@@ -84,9 +88,10 @@ def run(command: list[str], options: Options | None = None, rerun: bool = False)
 
 
 def _run_and_watch(command: list[str], env: dict[str, str], directory: Path) -> tuple[int, list[FaultReport]]:
-    """Runs the command; reports each core dump as soon as it is complete, as a server may go on without its engine."""
-    before = set(core_dumps(directory))
-    reported: dict[Path, FaultReport] = {}
+    """Runs the command; reports each fault as soon as its dump is complete, as a server may go on without its engine."""
+    before = {*faulted(directory), *processes(directory)}
+    log = KernelLog()
+    reported: dict[int, FaultReport] = {}
     grown: dict[Path, tuple[int, float]] = {}
     with subprocess.Popen(command, env=env) as child:
         # The terminal sends SIGINT to the child itself; SIGTERM comes to us alone and is handed on.
@@ -99,25 +104,37 @@ def _run_and_watch(command: list[str], env: dict[str, str], directory: Path) -> 
                 except subprocess.TimeoutExpired:
                     code = None
                 waiting = False
-                for core in core_dumps(directory):
-                    if core in before or core in reported:
+                launches = launch_records(directory)
+                records = set(launches.values())
+                files = {**launches, **{process_of(core): core for core in core_dumps(directory)}}
+                for pid, file in files.items():
+                    if pid in before or pid in reported:
                         continue
-                    size = core.stat().st_size
-                    if grown.get(core, (-1, 0.0))[0] != size:
-                        grown[core] = (size, time.monotonic())
-                    if not dumping.complete(core) and time.monotonic() - grown[core][1] < _SETTLED:
+                    size = file.stat().st_size
+                    if grown.get(file, (-1, 0.0))[0] != size:
+                        grown[file] = (size, time.monotonic())
+                    # A process that is gone begins no dump any more.
+                    patience = min(_SETTLED, 2) if code is not None and file in records else _SETTLED
+                    if not dumping.complete(file) and time.monotonic() - grown[file][1] < patience:
                         waiting = True
                         continue
-                    reported[core] = report(core)
-                    print(reported[core].text(), file=sys.stderr, flush=True)
+                    reported[pid] = _told(report_process(directory, pid, log))
                 if code is not None and not waiting:
                     break
                 if code is not None:
                     time.sleep(1)
+            for pid in only_in_log(directory, log, before):
+                reported[pid] = _told(report_process(directory, pid, log))
         finally:
+            log.close()
             signal.signal(signal.SIGINT, old_int)
             signal.signal(signal.SIGTERM, old_term)
     return (128 - code if code < 0 else code), list(reported.values())
+
+
+def _told(fault: FaultReport) -> FaultReport:
+    print(fault.text(), file=sys.stderr, flush=True)
+    return fault
 
 
 def _find_by_rerun(command: list[str], options: Options, fault: FaultReport) -> None:

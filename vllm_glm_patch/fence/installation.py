@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import accounting, dumping
+from .launches import find_cupti
 from .library import STACK_FUNCTION, FenceError, Library, library_path
 from .options import Options
 from .stacks import StackRecorder
@@ -69,8 +70,13 @@ def install(options: Options) -> Library:
             ", ".join(missing),
         )
     library.configure(options, streams_recorded="set_record_stream_fn" not in missing)
-    if options.stacks and options.directory:
-        library.set_stack_function(STACK_FUNCTION(StackRecorder(options.directory).number))
+    if (options.stacks or options.launches) and options.directory:
+        stack_of_caller = STACK_FUNCTION(StackRecorder(options.directory).number)
+        if options.stacks:
+            library.set_stack_function(stack_of_caller)
+        if options.launches:
+            cupti = options.cupti or find_cupti(torch.__file__, torch.version.cuda)
+            library.watch_launches(options, cupti, stack_of_caller)
     torch.cuda.memory.change_current_allocator(wrapper)
     _state.update(library=library, wrapper=wrapper, patched=accounting.install(torch, library))
     _log.info("fence: every CUDA block %ss at an unmapped page, rounded up to %d bytes.", options.guard, options.align)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar, cast
 
 from ..errors import UserError
-from .options import Options, journal_path
+from .options import Options, journal_path, launch_path
 
 JOURNAL_SLOTS = 1 << 20
 STACK_FUNCTION = C.CFUNCTYPE(C.c_uint32, C.c_size_t, C.c_int)
@@ -31,6 +31,15 @@ class _Options(C.Structure):
         ("streams_recorded", C.c_uint32),
         ("journal", C.c_char_p),
         ("libcuda", C.c_char_p),
+    ]
+
+
+class _Launches(C.Structure):
+    _fields_: ClassVar = [
+        ("cupti", C.c_char_p),
+        ("libcuda", C.c_char_p),
+        ("record", C.c_char_p),
+        ("stack", C.c_void_p),
     ]
 
 
@@ -108,7 +117,10 @@ class Library:
         native.glm_fence_snapshot.restype = C.c_size_t
         native.glm_fence_snapshot.argtypes = [C.POINTER(Block), C.c_size_t]
         native.glm_fence_set_stack_function.argtypes = [C.c_void_p]
+        native.glm_fence_watch_launches.restype = None
+        native.glm_fence_watch_launches.argtypes = [C.POINTER(_Launches)]
         self._stack_function: object = None
+        self._launch_stack_function: object = None
 
     def configure(self, options: Options, streams_recorded: bool) -> None:
         """Sets the options; only before the first allocation.
@@ -187,3 +199,23 @@ class Library:
         """`function`: a STACK_FUNCTION, kept alive here; None takes it back."""
         self._native.glm_fence_set_stack_function(C.cast(function, C.c_void_p) if function else None)  # type: ignore[arg-type]
         self._stack_function = function
+
+    def watch_launches(self, options: Options, cupti: str, stack_function: object = None) -> None:
+        """From the next allocation on, every launch is waited for; the first that faults goes to `options.directory`.
+
+        Args:
+            options: `directory` and `libcuda` are used.
+            cupti: path or name of CUPTI's library. Where it cannot be used, standard error says so and nothing is watched.
+            stack_function: a STACK_FUNCTION, called in the thread of that launch and kept alive here; None for no stack.
+        """
+        self._launch_stack_function = stack_function
+        native = _Launches(
+            cupti=os.fsencode(cupti),
+            libcuda=os.fsencode(options.libcuda),
+            record=os.fsencode(launch_path(options.directory, "%p")),
+            stack=C.cast(stack_function, C.c_void_p) if stack_function else None,  # type: ignore[arg-type]
+        )
+        self._native.glm_fence_watch_launches(C.byref(native))
+
+    def unwatch_launches(self) -> None:
+        self._native.glm_fence_watch_launches(None)

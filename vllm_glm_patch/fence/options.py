@@ -30,6 +30,8 @@ class Options:
         slack: bytes between the other blocks and their guard.
         library: path of libglm_fence.so; "" for the one in this package.
         libcuda: name of the driver's library.
+        launches: wait for every launch through CUPTI, so that the one that faults is named without a core dump; slow.
+        cupti: path of CUPTI's library; "" for the one that torch uses.
     """
 
     align: int = 16
@@ -42,6 +44,8 @@ class Options:
     slack: int = 4096
     library: str = ""
     libcuda: str = "libcuda.so.1"
+    launches: bool = False
+    cupti: str = ""
 
     def __post_init__(self) -> None:
         if self.align < 1 or self.align > 512 or self.align & (self.align - 1):
@@ -111,11 +115,17 @@ _PARSERS: dict[str, Callable[[str], object]] = {
     "slack": int,
     "library": str,
     "libcuda": str,
+    "launches": _flag,
+    "cupti": str,
 }
 
 
 def journal_path(directory: str | Path, pid: int | str) -> Path:
     return Path(directory) / f"blocks-{pid}.bin"
+
+
+def launch_path(directory: str | Path, pid: int | str) -> Path:
+    return Path(directory) / f"launch-{pid}.json"
 
 
 def stacks_path(directory: str | Path, pid: int | str) -> Path:

@@ -17,6 +17,9 @@ def command(
     guard: str = typer.Option("end", help="'end' finds reads past a block's end, 'start' those before its start."),
     poison: str = typer.Option("none", help="Fill 'fresh', 'freed' or 'both' kinds of memory with NaN; 'none' fills nothing."),
     stacks: bool = typer.Option(False, "--stacks", help="Keep the Python stack of every allocation, for the report."),
+    launches: bool = typer.Option(
+        False, "--launches", help="Wait for every launch, so that the one that faults is named without a core dump; slow."
+    ),
     cache_mb: int = typer.Option(4096, help="MiB of freed memory kept for reuse; 0 also finds uses after free, slowly."),
     directory: Optional[Path] = typer.Option(None, help="Where core dumps and the report go; a new folder otherwise."),
     rerun: bool = typer.Option(
@@ -34,7 +37,8 @@ def command(
         raise UserError(f"There is no command {arguments[0]!r} on PATH; give the command to run after two dashes.")
     try:
         options = Options(
-            align=align, guard=guard, poison=poison, stacks=stacks, cache_mb=cache_mb, directory=str(directory or "")
+            align=align, guard=guard, poison=poison, stacks=stacks, launches=launches, cache_mb=cache_mb,
+            directory=str(directory or ""),
         )  # fmt: skip
     except ValueError as error:
         raise UserError(f"{error}") from None
