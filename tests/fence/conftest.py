@@ -37,6 +37,12 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return fence, mock
 
 
+@pytest.fixture(scope="session")
+def mock_cupti(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    where = tmp_path_factory.mktemp("cupti-build")
+    return compile_cpp(where / "libcupti_mock.so", [NATIVE / "mock_cupti.cpp"], "-O1", "-fPIC", "-shared")
+
+
 class Mock:
     """The steering wheel of the mock driver."""
 
@@ -52,6 +58,7 @@ class Mock:
         self.native.mock_in_use.restype = C.c_uint64
         self.native.mock_is_mapped.argtypes = [C.c_uint64]
         self.native.mock_calls.restype = C.c_long
+        self.native.mock_last_waited.restype = C.c_void_p
         self.native.mock_leaks.restype = C.c_long
 
     def stream(self, device: int = 0, automatic: bool = False) -> int:
@@ -62,6 +69,10 @@ class Mock:
 
     def is_mapped(self, address: int) -> bool:
         return bool(self.native.mock_is_mapped(address))
+
+    def fault(self, result: int = 700, silent: bool = False) -> None:
+        """From now on every wait ends with an error; `silent`: the driver then tells nothing of kernels either."""
+        self.native.mock_fault(result, int(silent))
 
     def calls(self, name: str) -> int:
         return self.native.mock_calls(name.encode())

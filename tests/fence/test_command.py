@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -17,8 +18,9 @@ from vllm_glm_patch.fence import report as report_module
 from vllm_glm_patch.fence.coredump import parse
 from vllm_glm_patch.fence.library import FenceError
 from vllm_glm_patch.fence.options import Options
+from vllm_glm_patch.fence.xid import Xid
 
-from .transcripts import transcript
+from .transcripts import RECORD, transcript
 
 
 @pytest.fixture
@@ -46,6 +48,12 @@ def test_the_environment_carries_options_hook_and_core_dumps(options: Options) -
     assert env["CUDA_ENABLE_COREDUMP_ON_EXCEPTION"] == "1"
     assert env["CUDA_COREDUMP_FILE"] == f"{options.directory}/core-%p.nvcudmp"
     assert env["PATH"] == "/bin"
+    assert env["CUDA_COREDUMP_SHOW_PROGRESS"] == "1"
+
+
+def test_what_the_user_says_of_core_dumps_stays(options: Options) -> None:
+    env = command.environment(options, {"CUDA_COREDUMP_SHOW_PROGRESS": "0", "CUDA_COREDUMP_GENERATION_FLAGS": "mine"})
+    assert (env["CUDA_COREDUMP_SHOW_PROGRESS"], env["CUDA_COREDUMP_GENERATION_FLAGS"]) == ("0", "mine")
 
 
 def test_a_core_dump_is_reported_and_turns_success_into_failure(
@@ -77,6 +85,63 @@ def test_a_core_dump_that_tells_nothing_leads_to_the_search_or_says_how(
     assert "holds no device" in told
     assert searched == ([77] if rerun else [])
     assert ("CUDA_LAUNCH_BLOCKING=1" in told) != rerun
+    assert ("--launches" in told) != rerun
+
+
+def test_the_record_of_a_launch_is_a_fault_without_a_core_dump(
+    options: Options, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "_SETTLED", 0)
+    code = f"open({options.directory!r} + '/launch-77.json', 'w').write({json.dumps(RECORD)!r})"
+    assert command.run(python(code), options) == 1
+    told = capfd.readouterr().err
+    assert "process 77 faulted: CUDA_ERROR_ILLEGAL_ADDRESS" in told
+    assert "kernel       reads_past(float*) <<<(1,1,1),(32,1,1)>>>" in told
+    assert "--launches" not in told  # the advice for those who do not know the kernel
+
+
+class FakeLog:
+    """The kernel's log with one fault; `pid` as the host counts."""
+
+    problem = ""
+
+    def __init__(self, pid: int | None, address: int) -> None:
+        self._fault = Xid(pid, "python", "0000:1b:00", address, "read", "NVRM: Xid …")
+
+    def faults(self) -> list[Xid]:
+        return [self._fault]
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("pid", "address", "ours"), [(77, 1, True), (5, 0x400000, True), (None, 0x400000, True), (5, 1, False)]
+)
+def test_the_kernels_log_alone_makes_a_fault(
+    pid: int | None,
+    address: int,
+    ours: bool,
+    options: Options,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(command, "KernelLog", lambda: FakeLog(pid, address))
+    header = struct.pack("<8sIIQQIIQQQ", b"GLMFENCE", 1, 1, 77, 2 << 20, 512, 0, 0, 0, 0)
+    row = struct.pack("<QQQQQQiIII", 0x3FFE00, 512, 0x200000, 0x400000, 0, 1, 0, 1, 0, 0)
+    code = f"open({options.directory!r} + '/blocks-77.bin', 'wb').write({header + row!r})"
+    assert command.run(python(code), options) == int(ours)
+    told = capfd.readouterr().err
+    assert ("process 77 faulted: MMU fault" in told) is ours
+    assert ("block        512 bytes at 0x3ffe00" in told) is (ours and address == 0x400000)
+
+
+def test_old_records_and_lists_are_not_reported_again(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path(options.directory).mkdir()
+    (Path(options.directory) / "launch-1.json").write_text(json.dumps(RECORD))
+    (Path(options.directory) / "blocks-2.bin").touch()
+    monkeypatch.setattr(command, "KernelLog", lambda: FakeLog(2, 1))
+    assert command.run(python("pass"), options) == 0
 
 
 def test_an_old_core_dump_is_not_reported_again(options: Options) -> None:

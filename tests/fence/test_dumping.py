@@ -7,6 +7,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -86,6 +87,30 @@ def test_a_dump_that_is_never_whole_is_waited_for_so_long(tmp_path: Path) -> Non
     begin = time.monotonic()
     assert not dumping.wait(core, limit=0.3)
     assert 0.2 < time.monotonic() - begin < 5
+
+
+def test_a_dump_that_no_longer_grows_is_given_up_before_the_limit(tmp_path: Path) -> None:
+    core = tmp_path / "core-1.nvcudmp"
+    core.write_bytes(header(175_389_142, 1315))
+    begin = time.monotonic()
+    assert not dumping.wait(core, limit=30, still=0.3)
+    assert 0.2 < time.monotonic() - begin < 10
+
+
+def test_a_dump_that_grows_slowly_is_waited_for(tmp_path: Path) -> None:
+    core = tmp_path / "core-1.nvcudmp"
+    core.write_bytes(header(872, 2))
+
+    def grow() -> None:
+        for _ in range(9):
+            time.sleep(0.2)
+            with core.open("ab") as file:
+                file.write(bytes(104))
+
+    writer = threading.Thread(target=grow)
+    writer.start()
+    assert dumping.wait(core, limit=30, still=1)
+    writer.join()
 
 
 @pytest.mark.parametrize(

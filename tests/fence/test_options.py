@@ -8,7 +8,7 @@ from vllm_glm_patch.fence.options import Options
 
 
 def test_options_survive_the_environment() -> None:
-    options = Options(512, "start", "both", 0, True, "/tmp/x y", (16, 4096), 512, "/lib/a.so", "libcuda.so.1")
+    options = Options(512, "start", "both", 0, True, "/tmp/x y", (16, 4096), 512, "/lib/a.so", "libcuda.so.1", True, "/c.so")
     assert Options.from_environment(options.to_environment()) == options
 
 

@@ -37,3 +37,11 @@ def transcript(addresses: list[int], instruction: str = "LDG.E R5, [R10.64+0x20]
         for lane, address in enumerate(addresses)
     ]
     return _HEAD.format(kernel=kernel, instruction=instruction) + "".join(lanes)
+
+
+# What csrc/fence/launches.cpp writes.
+RECORD = {
+    "pid": 77, "thread": 78, "function": "cuLaunchKernel", "symbol": "_Z10reads_pastPf", "kernel": "reads_past(float*)",
+    "shape": "<<<(1,1,1),(32,1,1)>>>", "graph": False, "index": 9, "result": 700, "error": "CUDA_ERROR_ILLEGAL_ADDRESS",
+    "found": "synchronize", "concurrent": 0, "stack": 0, "parameters_read": True, "candidates": [],
+}  # fmt: skip

@@ -109,11 +109,24 @@ def test_a_file_that_is_not_there_is_named() -> None:
 def test_the_fence_gets_the_command_and_the_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen: list[Any] = []
     monkeypatch.setattr(fence_command, "run", lambda command, options, rerun: seen.append((command, options, rerun)) or 3)
-    arguments = ["fence", "--align", "512", "--stacks", "--directory", str(tmp_path), "--", "true", "--align", "1"]
+    arguments = [
+        "fence",
+        "--align",
+        "512",
+        "--stacks",
+        "--launches",
+        "--directory",
+        str(tmp_path),
+        "--",
+        "true",
+        "--align",
+        "1",
+    ]
     assert CliRunner().invoke(app, arguments).exit_code == 3
     ((command, options, rerun),) = seen
     assert command == ["true", "--align", "1"]
-    assert (options.align, options.stacks, options.directory, rerun) == (512, True, str(tmp_path), False)
+    assert (options.align, options.stacks, options.launches, options.directory) == (512, True, True, str(tmp_path))
+    assert not rerun
 
 
 @pytest.mark.parametrize(

@@ -100,12 +100,13 @@ def read_launch(path: Path) -> Launch | None:
         ValueError: it is no such record.
     """
     try:
-        told: dict[str, Any] = json.loads(path.read_text(errors="replace"))
+        text = path.read_text(errors="replace")
     except FileNotFoundError:
         return None
     try:
+        told: dict[str, Any] = json.loads(text)
         rows = tuple(Row(**one["block"]) for one in told.pop("candidates"))
         told.pop("result")
         return Launch(**told, candidates=rows)
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no record of a launch: {error!r}.") from None
