@@ -258,14 +258,18 @@ def test_of_an_unknown_handle_the_driver_is_asked_after_the_fault_only(fence: Fe
     assert told is not None and [row.address for row in told.candidates] == [scales]
 
 
-def test_a_handle_of_an_unloaded_module_is_forgotten(fence: Fence, cupti: Cupti) -> None:
+@pytest.mark.parametrize("unload", ["cuModuleUnload", "cuLibraryUnload"])
+def test_a_handle_of_an_unloaded_module_is_forgotten(unload: str, fence: Fence, cupti: Cupti) -> None:
     cupti.watch()
+    scales = fence.malloc(4096)
     handle = cupti.hand_out(cupti.kernel([8]))
     cupti.launch(handle=handle, values=[pointer(0)])
-    assert fence.mock.calls("cuFuncGetParamInfo") == 2
-    cupti.native.mock_cupti_call(b"cuModuleUnload", None, None, 0)
-    cupti.launch(handle=handle, values=[pointer(0)])
-    assert fence.mock.calls("cuFuncGetParamInfo") == 2
+    cupti.native.mock_cupti_call(unload.encode(), None, None, 0)
+    C.memmove(handle, cupti.kernel([8, 8]), C.sizeof(MockKernel))  # another kernel has the handle now
+    fence.mock.fault()
+    cupti.launch(handle=handle, values=[pointer(0), pointer(scales)])
+    told = cupti.record()
+    assert told is not None and [row.address for row in told.candidates] == [scales]
 
 
 def test_parameters_that_cannot_be_read_leave_the_name(fence: Fence, cupti: Cupti) -> None:
