@@ -23,6 +23,16 @@ _CASES = [
     ("glm_gemm2_sum_n128", {"tokens": 33, "hidden": 512, "slice": 128, "slots": 2, "top_k": 8}),
     ("glm_gemm2_sum_n256", {"tokens": 65, "hidden": 512, "slice": 256, "slots": 2, "width": 384}),
     ("glm_gemm2_sum_n256", {"tokens": 40, "hidden": 512, "slice": 512, "slots": 1, "top_k": 11, "experts": 2}),
+    # By bands of tokens: two slots and one block at a time; a last band of 4 tokens; one slice; a band without a valid pair;
+    # experts with rows in one band only, tiles of 128 and of a few rows, more slots than bands; an expert without any; no valid
+    # pair at all; a band as large as all the tokens.
+    ("glm_gemm2_sum_n128", {"tokens": 128, "hidden": 512, "slice": 128, "slots": 2, "band": 64, "resident": 1}),
+    ("glm_gemm2_sum_n256", {"tokens": 100, "hidden": 512, "slice": 256, "slots": 3, "band": 32, "top_k": 3}),
+    ("glm_gemm2_sum_n128", {"tokens": 70, "slice": 256, "slots": 2, "band": 32, "silent": 1, "grid": 2}),
+    ("glm_gemm2_sum_n256", {"tokens": 200, "hidden": 512, "slots": 5, "band": 96, "skew": 2, "experts": 5}),
+    ("glm_gemm2_sum_n128", {"tokens": 97, "hidden": 512, "slice": 128, "band": 32, "experts": 25, "top_k": 1, "grid": 5}),
+    ("glm_gemm2_sum_n256", {"tokens": 66, "hidden": 512, "band": 32, "invalid": 100, "grid": 2}),
+    ("glm_gemm2_sum_n128", {"tokens": 64, "hidden": 512, "slice": 256, "band": 64, "skew": 1}),
     ("glm_gemm1_decode_t8", {"tokens": 9, "top_k": 8}),
     ("glm_gemm1_decode_t16", {"tokens": 33}),
     ("glm_gemm1_decode_t32", {"tokens": 40, "skew": 1}),
@@ -35,7 +45,9 @@ _CASES = [
 ]
 
 
-@pytest.mark.parametrize(("kernel", "options"), _CASES, ids=[f"{name[4:]}-{o['tokens']}" for name, o in _CASES])
+@pytest.mark.parametrize(
+    ("kernel", "options"), _CASES, ids=[f"{name[4:]}-{o['tokens']}-{o.get('band', 0)}" for name, o in _CASES]
+)
 def test_kernel_is_right_under_random_timing(check_program: Path, kernel: str, options: dict[str, int]) -> None:
     done = run_check(check_program, kernel, seed=SEED, **options)
     assert done.returncode == 0, f"seed={SEED}\n{done.stdout}{done.stderr}"
@@ -49,6 +61,13 @@ def test_kernel_is_right_under_random_timing(check_program: Path, kernel: str, o
 )
 def test_extreme_timings_give_the_same(check_program: Path, kernel: str, timing: int) -> None:
     done = run_check(check_program, kernel, timing=timing, seed=SEED, tokens=40, grid=2)
+    assert done.returncode == 0, f"seed={SEED}\n{done.stdout}{done.stderr}"
+
+
+@pytest.mark.parametrize("timing", [0, 1], ids=["eager", "late"])
+@pytest.mark.parametrize("kernel", ["glm_gemm2_sum_n128", "glm_gemm2_sum_n256"])
+def test_extreme_timings_give_the_same_by_bands(check_program: Path, kernel: str, timing: int) -> None:
+    done = run_check(check_program, kernel, timing=timing, seed=SEED, tokens=72, hidden=512, slice=256, band=32, grid=2)
     assert done.returncode == 0, f"seed={SEED}\n{done.stdout}{done.stderr}"
 
 
