@@ -266,6 +266,13 @@ def argument_type(name: str, kernel: str, constants: dict[str, object]) -> str:
     return "i32"
 
 
+def before_waits(ptx: str) -> str:
+    """What a program runs before it waits for its predecessor: up to the first wait, and between the end of a path that has
+    waited and the next path's wait."""
+    first, *later = ptx.split("griddepcontrol.wait")
+    return first + "".join(re.split(r"\bbra\.uni\b|\bret;", part)[-1] for part in later[:-1])
+
+
 def compile_case(case: Case) -> dict[str, object]:
     """Compile for sm_90; registers, spilled bytes, shared memory, and whether QGMMA is in the machine code."""
     import importlib
@@ -301,7 +308,7 @@ def compile_case(case: Case) -> dict[str, object]:
         code = subprocess.run([tools / "cuobjdump", "-sass", cubin], capture_output=True, text=True, check=True).stdout
     finally:
         cubin.unlink(missing_ok=True)
-    before_wait = compiled.asm["ptx"].partition("griddepcontrol.wait")[0] if case.pdl else ""
+    before_wait = before_waits(compiled.asm["ptx"]) if case.pdl else ""
     return {
         "case": case.name,
         "registers": int(re.search(r"REG:(\d+)", usage).group(1)),  # type: ignore[union-attr]
