@@ -345,7 +345,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--build", action="store_true")
     parser.add_argument(
-        "--define", action="append", default=[], help="with --build: GLM_WAIT_LIMIT=400000000LL, GLM_GATHER_WAITS"
+        "--define",
+        action="append",
+        default=[],
+        help="with --build: GLM_WAIT_LIMIT=400000000LL, GLM_GATHER_WAITS, GLM_SUM_TOKENS=16",
     )
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--only", default="", help="cases whose text has this")

@@ -9,8 +9,9 @@
 //     the foreman draws sum items, waits for their phase's products, and tells when the partials have been read.
 //
 // Phases are numbered slice · bands + band. Waits go one way: a sum waits for its phase's products, of which there may be none;
-// a product waits, where its slot of partials (phase % slots) was used before, for the sums of phase − slots. Items of either
-// kind are drawn in the order of their phases by blocks that are running, a foreman tells what is finished before it
+// a product waits, where its slot of partials (phase % slots) was used before, for the sums of phase − slots; where that one has
+// no products, whose sums wait for nothing, for those of the last before it in this slot that has some. Items of either kind
+// are drawn in the order of their phases by blocks that are running, a foreman tells what is finished before it
 // waits, and either side moves on without the other. So whatever is smallest and unfinished waits for nothing, however few
 // blocks are resident.
 #include "barrier.cuh"
@@ -27,7 +28,11 @@ constexpr int gemm2_k_step = 128;
 constexpr int gemm2_mma_columns = 128;
 constexpr int gemm2_items = 4;       // ring of GEMM items under way in a block
 constexpr int sum_items_ahead = 2;   // ring of sum items
-constexpr int sum_tokens = 32;       // tokens of one sum item; a band is a multiple of them
+#ifndef GLM_SUM_TOKENS
+#define GLM_SUM_TOKENS 32
+#endif
+constexpr int sum_tokens = GLM_SUM_TOKENS;  // tokens of one sum item, which a band is a multiple of: 32, or 16 to compare
+static_assert(32 % sum_tokens == 0 && sum_tokens >= 2, "bands are multiples of 32 tokens, and a thread adds up two at once");
 constexpr int sum_threads = 128;
 constexpr int no_more = -1;          // an item's number when there are no more
 
@@ -110,6 +115,7 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Gemm2
     const int band_pairs = band_tokens * p.top_k;
     const i64 slot_elements = static_cast<i64>(band_pairs) * p.slice;
     auto tiles_until = [&](int band) { return band + 1 < bands ? p.band_tiles[band + 1] : tiles; };  // its end
+    auto tiles_of = [&](int band) { return tiles_until(band) - (band > 0 ? tiles_until(band - 1) : 0); };
     const int steps = divide_up(p.intermediate_size, gemm2_k_step);
     Ring<STAGES> position;
     Ring<gemm2_items> item_position;
@@ -119,7 +125,7 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Gemm2
         registers_down<40>();
         if (thread == 0) {  // the copier
             int number = atomic_next(next_item);
-            int summed = 0;  // phases known to be, as far as this block asked
+            int asked = -1;  // the last phase whose sums, or those before it in the same slot, are known to be finished
             int slice = 0, band = 0, band_end = tiles_until(0);  // of the item before
             while (true) {
                 const bool more = number < gemm_items;
@@ -136,13 +142,17 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Gemm2
                     store_shared_int(item_size + 4 * item_position.slot, size);
                     if (item.slice != slice) slice = item.slice, band = 0, band_end = tiles_until(0);
                     while (item.tile >= band_end) band_end = tiles_until(++band);
-                    const int phase = slice * bands + band, before = phase - p.slots;
+                    const int phase = slice * bands + band;
                     store_shared_int(item_phase + 4 * item_position.slot, phase);
-                    // Its slot of partials may still be read by the sums of an earlier phase.
-                    if (before >= summed) {
+                    // Its slot of partials may still be read by the sums of an earlier phase: the last that had any products.
+                    int before = phase - p.slots;
+                    if (before > asked) {
+                        asked = before;
+                        while (before >= 0 && tiles_of(before % bands) == 0) before -= p.slots;
                         const bool last = before % bands == bands - 1;
-                        acquire_at_least(sums_done + before, last ? sum_blocks - (bands - 1) * band_sums : band_sums);
-                        summed = before + 1;
+                        if (before >= 0) {
+                            acquire_at_least(sums_done + before, last ? sum_blocks - (bands - 1) * band_sums : band_sums);
+                        }
                     }
                 }
                 barrier_arrive(item_full + 8 * item_position.slot);
@@ -190,8 +200,7 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Gemm2
                 const int band = number % sum_blocks / band_sums, phase = number / sum_blocks * bands + band;
                 if (phase >= multiplied) {
                     tell();  // before waiting: somebody may wait for that
-                    const int band_tiles = tiles_until(band) - (band > 0 ? tiles_until(band - 1) : 0);
-                    acquire_at_least(gemms_done + phase, band_tiles * (p.slice / COLUMNS));
+                    acquire_at_least(gemms_done + phase, tiles_of(band) * (p.slice / COLUMNS));
                     multiplied = phase + 1;
                 }
                 store_shared_int(sum_number + 4 * sum_position.slot, number);

@@ -52,7 +52,7 @@ struct Options {
     std::map<std::string, int> values = {
         {"tokens", 40}, {"hidden", 256},  {"width", 192}, {"experts", 3}, {"top_k", 2},  {"grid", 3}, {"seed", 1},
         {"slice", 256}, {"slots", 2},     {"resident", 0}, {"timing", 2}, {"skew", 0},   {"invalid", 10},
-        {"band", 0},  {"silent", -1},
+        {"band", 0},  {"silent", 0},
     };
     int operator[](const char* key) const { return values.at(key); }
 };
@@ -109,7 +109,7 @@ struct Problem {
     float scale() { return std::exp(0.3f * normal()) * 0.05f; }
 
     // As routing.py: pairs by (expert, pair number), tiles band by band; the rest of each list keeps its poison. No pair of the
-    // band `silent` is valid; an expert is left out of every band but one where `skew` is 2.
+    // bands whose bits are set in `silent` is valid; an expert is left out of every band but one where `skew` is 2.
     void route() {
         std::memset(counts.data, 0, counts.count * sizeof(int));
         for (int pair = 0; pair < pairs; ++pair) {
@@ -117,7 +117,7 @@ struct Problem {
             if (o["skew"] == 1) expert = random() % 4 ? 0 : expert;
             const int of_band = pair / top_k / band;
             if (o["skew"] == 2 && expert && expert % bands != of_band) expert = 0;
-            const bool bad = static_cast<int>(random() % 100) < o["invalid"] || of_band == o["silent"];
+            const bool bad = static_cast<int>(random() % 100) < o["invalid"] || (o["silent"] >> of_band & 1);
             local_ids[pair] = bad ? experts : expert;
         }
         for (int expert = 0; expert < experts; ++expert) {
