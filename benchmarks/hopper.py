@@ -48,12 +48,14 @@ class Case:
     programmatic: bool = True
     routing: str = "spread"
     experts: int = 0  # 0: the shape's own; fewer are made faster
+    band: int = 0  # tokens of a band of gemm2_sum; 0: all
 
     @property
     def text(self) -> str:
         """On one line."""
         sliced = f" slice {self.slice}×{self.slots}" if "_sum_" in self.gemm2 else "" if self.programmatic else " no PDL"
-        return f"{self.shape} M={self.tokens} {self.gemm1[4:]} {self.gemm2[4:]}{sliced} {self.routing}"
+        band = f" band {self.band}" if self.band else ""
+        return f"{self.shape} M={self.tokens} {self.gemm1[4:]} {self.gemm2[4:]}{sliced}{band} {self.routing}"
 
 
 def checks() -> list[Case]:
@@ -81,6 +83,11 @@ def checks() -> list[Case]:
             Case("TP8", 8191, "glm_gemm1_row_c1", gemm2, 256, 2),
             Case("TP8", 8192, "glm_gemm1_row_c2", gemm2, 512, 3, routing="skewed"),
         ]
+    cases += [
+        Case("TP8", 8192, "glm_gemm1_row_c1", "glm_gemm2_sum_n256", 256, 3, band=2048),
+        Case("TP8", 8191, "glm_gemm1_row_c1", "glm_gemm2_sum_n128", 256, 2, routing="skewed", band=1024),
+        Case("TP8", 700, "glm_gemm1_row_c1", "glm_gemm2_sum_n256", 256, 2, routing="bad", experts=16, band=256),
+    ]
     return cases
 
 
@@ -100,6 +107,15 @@ def timed(shape: str, tokens: int) -> list[Case]:
         second = [("n256", 256, 2), ("n128", 128, 2), ("n128", 128, 3), ("n128", 256, 2), ("n256", 512, 2), ("n256", 1024, 2)]
         cases += [Case(shape, tokens, name, "glm_gemm2_sum_n256", 256, 2) for name in first]
         cases += [Case(shape, tokens, first[0], f"glm_gemm2_sum_{name}", width_, slots) for name, width_, slots in second[1:]]
+    if tokens > 2048:
+        banded = [("n256", 256, slots, 2048) for slots in (2, 3, 4)]
+        banded += [("n128", 128, 3, 4096), ("n128", 128, 4, 4096), ("n128", 256, 3, 2048), ("n256", 512, 2, 2048)]
+        banded += [("n256", 256, 3, 4096)]
+        cases += [
+            Case(shape, tokens, first[0], f"glm_gemm2_sum_{name}", width_, slots, band=band)
+            for name, width_, slots, band in banded
+            if band < tokens
+        ]
     return cases
 
 
@@ -173,7 +189,7 @@ class Worker:
         """As the backend takes it."""
         from vllm_glm_patch.moe.hopper.backend import HopperConfig
 
-        return HopperConfig(case.gemm1, case.gemm2, case.slice, case.slots, case.programmatic)
+        return HopperConfig(case.gemm1, case.gemm2, case.slice, case.slots, case.programmatic, band=case.band)
 
     def passes(self, case: Case) -> tuple[list[Any], list[Any]]:
         """(native passes, Triton's passes) on the same inputs; several where one input's weights would stay in L2."""
@@ -212,7 +228,9 @@ class Worker:
             ours.run()
             theirs.run()
             found["against Triton"] = relative_error(one.out, other.out.double())
-        kernels = {"gemm1": case.gemm1, "gemm2": f"{case.gemm2} {case.slice} {case.slots}"}
+        sliced = f"{case.gemm2} {case.slice} {case.slots} {case.band}"
+        # The prologue lists tiles by bands.
+        kernels = {"prologue": f"band {case.band}" if case.band else "", "gemm1": case.gemm1, "gemm2": sliced}
         for who, passes in (("native", [p for p, _, _ in native]), ("triton", [p for p, _, _ in triton])):
             for index, (name, _) in enumerate(passes[0].steps()):
                 kernel = kernels.get(name, "") if who == "native" else ""
@@ -327,7 +345,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--build", action="store_true")
     parser.add_argument(
-        "--define", action="append", default=[], help="with --build: GLM_WAIT_LIMIT=400000000LL, GLM_GATHER_WAITS"
+        "--define",
+        action="append",
+        default=[],
+        help="with --build: GLM_WAIT_LIMIT=400000000LL, GLM_GATHER_WAITS, GLM_SUM_TOKENS=16",
     )
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--only", default="", help="cases whose text has this")

@@ -5,7 +5,7 @@
 namespace glm_hopper {
 
 // Grows whenever a name, an argument or a rule below changes; the host refuses a cubin built from another number.
-constexpr int abi_version = 1;
+constexpr int abi_version = 2;
 
 // CUtensorMap as the device sees it: 128 opaque bytes made by cuTensorMapEncodeTiled, passed by value as a
 // `const __grid_constant__` argument. Host code passes its CUtensorMap; size and alignment are the same.
@@ -51,10 +51,13 @@ constexpr MapShape map_shapes[] = {
 //     int top_k
 // Family::gemm2 (glm_gemm2_sum_*): GEMM2 and the top-k sum in one launch.
 //     TensorMap act_rows, TensorMap w2_rows, const float* act_scales [P], const float* w2_scales [E, K],
-//     const float* topk_weights [P], bf16* partial [slots, P, slice], const int* local_ids [P], bf16* out [M, K],
-//     const int* rows [P], const int* tiles, const int* counts, int* counters, int tokens, int max_tiles,
-//     int hidden_size, int intermediate_size, int experts, int top_k, int slice, int slots
-//     counters: 3 + 2 · ceil(K / slice) int32 zeros, and zeros again afterwards: counts + 3, where routing.py has 257 of them.
+//     const float* topk_weights [P], bf16* partial [slots, band · top_k, slice], const int* local_ids [P], bf16* out [M, K],
+//     const int* rows [P], const int* tiles, const int* counts, int* counters, const int* band_tiles, int tokens,
+//     int max_tiles, int hidden_size, int intermediate_size, int experts, int top_k, int slice, int slots, int band
+//     band: tokens whose partials exist at once, ceil(M / band) bands; 0, or as many as there are or more: one band of all.
+//     tiles: of several bands are listed band by band, and none has rows of two.
+//     band_tiles: [bands] int32, the first tile of each band; not read where there is one.
+//     counters: 3 + 2 · bands · ceil(K / slice) int32 zeros, and zeros again afterwards: counts + 3, where routing.py has 2049.
 // Family::gemm1_decode (glm_gemm1_decode_*):
 //     TensorMap w13_interleaved, const u8* tokens [M, K] FP8, const float* token_scales [M], const float* w13_scales,
 //     bf16* act [P, N], const int* rows, const int* tiles, const int* counts, int max_tiles, int hidden_size,
@@ -70,7 +73,7 @@ enum class Family : int { gemm1 = 0, gemm2, gemm1_decode, gemm2_decode, sum };
 // Sizes any kernel can serve; `supports()` on the host is this and compute capability 9.0.
 //   hidden_size % 256 == 0; intermediate_size % 192 == 0; intermediate_size == 192 for glm_gemm1_row_*;
 //   intermediate_size ≤ 1536 for glm_gemm2_decode_*; slice % tile_columns == 0, hidden_size % slice == 0, slots ≥ 1,
-//   and slots ≥ 2 where hidden_size > slice.
+//   and slots ≥ 2 where hidden_size > slice or there are several bands; band % 32 == 0 then.
 
 // ---------------------------------------------------------------------------------------------- launches
 enum class Grid : int {

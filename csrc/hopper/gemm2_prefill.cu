@@ -1,16 +1,19 @@
-// GEMM2 and the top-k sum for many tokens in one launch, over slices of columns whose partial results stay in L2.
+// GEMM2 and the top-k sum for many tokens in one launch, phase by phase: a slice of columns of a band of tokens, whose partial
+// results stay in L2. Bands go innermost, so that a slice of w2 stays there as well.
 //
-// Four warpgroups a block. Two multiply 64 rows each of a GEMM item (128 rows of an expert × COLUMNS columns, slice by
-// slice), scale, and scatter bf16 partials by pair; one adds up the choices of a sum item (32 tokens × a slice), choice 0
+// Four warpgroups a block. Two multiply 64 rows each of a GEMM item (128 rows of an expert in a band × COLUMNS columns),
+// scale, and scatter bf16 partials by pair; one adds up the choices of a sum item (32 tokens × a slice), choice 0
 // first, beside them. What takes long round trips through memory is left to single threads of the first warpgroup:
 //     the copier draws GEMM items from a counter and copies their K steps;
 //     the herald tells other blocks that a GEMM item's partials are stored;
-//     the foreman draws sum items, waits for their slice's products, and tells when the partials have been read.
+//     the foreman draws sum items, waits for their phase's products, and tells when the partials have been read.
 //
-// Waits go one way: a sum waits for its slice's products; a product waits, where its slot of partials was used before, for
-// the sums of that earlier slice. Items are drawn in that order by blocks that are running, a foreman tells what is
-// finished before it waits, and either side moves on without the other. So whatever is smallest and unfinished waits for
-// nothing, however few blocks are resident.
+// Phases are numbered slice · bands + band. Waits go one way: a sum waits for its phase's products, of which there may be none;
+// a product waits, where its slot of partials (phase % slots) was used before, for the sums of phase − slots; where that one has
+// no products, whose sums wait for nothing, for those of the last before it in this slot that has some. Items of either kind
+// are drawn in the order of their phases by blocks that are running, a foreman tells what is finished before it
+// waits, and either side moves on without the other. So whatever is smallest and unfinished waits for nothing, however few
+// blocks are resident.
 #include "barrier.cuh"
 #include "epilogue.cuh"
 #include "mma.cuh"
@@ -25,7 +28,11 @@ constexpr int gemm2_k_step = 128;
 constexpr int gemm2_mma_columns = 128;
 constexpr int gemm2_items = 4;       // ring of GEMM items under way in a block
 constexpr int sum_items_ahead = 2;   // ring of sum items
-constexpr int sum_tokens = 32;       // tokens of one sum item
+#ifndef GLM_SUM_TOKENS
+#define GLM_SUM_TOKENS 32
+#endif
+constexpr int sum_tokens = GLM_SUM_TOKENS;  // tokens of one sum item, which a band is a multiple of: 32, or 16 to compare
+static_assert(32 % sum_tokens == 0 && sum_tokens >= 2, "bands are multiples of 32 tokens, and a thread adds up two at once");
 constexpr int sum_threads = 128;
 constexpr int no_more = -1;          // an item's number when there are no more
 
@@ -40,10 +47,12 @@ struct Gemm2Arguments {
     const int* tiles;
     const int* counts;
     int* counters;
+    const int* band_tiles;  // first tile of each band; not read where there is but one
     int tokens, max_tiles, hidden_size, intermediate_size, experts, top_k, slice, slots;
+    int band;  // tokens; 0, or as many as there are or more: one band
 };
 
-// The order of the GEMM items: slices outermost, then tiles, then the COLUMNS-wide parts of a slice.
+// The order of the GEMM items: slices outermost, then tiles (listed band by band), then the COLUMNS-wide parts of a slice.
 struct Gemm2Item {
     int slice, tile, column;  // column: first of the item, in hidden_size
 };
@@ -68,7 +77,7 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Gemm2
     const u32 sum_full = item_empty + 8 * gemm2_items, sum_read = sum_full + 8 * sum_items_ahead;
     const u32 item_number = sum_read + 8 * sum_items_ahead, item_expert = item_number + 4 * gemm2_items;
     const u32 item_row = item_expert + 4 * gemm2_items, item_size = item_row + 4 * gemm2_items;
-    const u32 sum_number = item_size + 4 * gemm2_items;
+    const u32 item_phase = item_size + 4 * gemm2_items, sum_number = item_phase + 4 * gemm2_items;
 
     const int thread = thread_index();
     const int warpgroup = warp_uniform(thread / 128);
@@ -94,15 +103,19 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Gemm2
 
     const int tiles = p.counts[2];
     const int slices = divide_up(p.hidden_size, p.slice);
-    const int in_slice = tiles * (p.slice / COLUMNS);
-    const int gemm_items = in_slice * slices;
-    const int sum_blocks = divide_up(p.tokens, sum_tokens);
+    const int band_tokens = p.band > 0 && p.band < p.tokens ? p.band : p.tokens;
+    const int bands = divide_up(p.tokens, band_tokens), phases = slices * bands;
+    const int gemm_items = tiles * (p.slice / COLUMNS) * slices;
+    const int sum_blocks = divide_up(p.tokens, sum_tokens), band_sums = divide_up(band_tokens, sum_tokens);
     int* next_item = p.counters;
     int* next_sum = p.counters + 1;
-    int* gemms_done = p.counters + 2;      // [slices], counts GEMM items
-    int* sums_done = gemms_done + slices;  // [slices], counts sum items
-    int* blocks_done = sums_done + slices;  // counts blocks of the grid
-    const i64 slot_elements = static_cast<i64>(p.tokens) * p.top_k * p.slice;
+    int* gemms_done = p.counters + 2;      // [phases], counts GEMM items
+    int* sums_done = gemms_done + phases;  // [phases], counts sum items
+    int* blocks_done = sums_done + phases;  // counts blocks of the grid
+    const int band_pairs = band_tokens * p.top_k;
+    const i64 slot_elements = static_cast<i64>(band_pairs) * p.slice;
+    auto tiles_until = [&](int band) { return band + 1 < bands ? p.band_tiles[band + 1] : tiles; };  // its end
+    auto tiles_of = [&](int band) { return tiles_until(band) - (band > 0 ? tiles_until(band - 1) : 0); };
     const int steps = divide_up(p.intermediate_size, gemm2_k_step);
     Ring<STAGES> position;
     Ring<gemm2_items> item_position;
@@ -112,7 +125,8 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Gemm2
         registers_down<40>();
         if (thread == 0) {  // the copier
             int number = atomic_next(next_item);
-            int summed = 0;  // slices known to be
+            int asked = -1;  // the last phase whose sums, or those before it in the same slot, are known to be finished
+            int slice = 0, band = 0, band_end = tiles_until(0);  // of the item before
             while (true) {
                 const bool more = number < gemm_items;
                 barrier_wait(item_empty + 8 * item_position.slot, item_position.parity ^ 1);
@@ -126,10 +140,19 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Gemm2
                     store_shared_int(item_expert + 4 * item_position.slot, expert);
                     store_shared_int(item_row + 4 * item_position.slot, first_row);
                     store_shared_int(item_size + 4 * item_position.slot, size);
-                    // Its slot of partials may still be read by the sums of an earlier slice.
-                    if (item.slice - p.slots >= summed) {
-                        acquire_at_least(sums_done + item.slice - p.slots, sum_blocks);
-                        summed = item.slice - p.slots + 1;
+                    if (item.slice != slice) slice = item.slice, band = 0, band_end = tiles_until(0);
+                    while (item.tile >= band_end) band_end = tiles_until(++band);
+                    const int phase = slice * bands + band;
+                    store_shared_int(item_phase + 4 * item_position.slot, phase);
+                    // Its slot of partials may still be read by the sums of an earlier phase: the last that had any products.
+                    int before = phase - p.slots;
+                    if (before > asked) {
+                        asked = before;
+                        while (before >= 0 && tiles_of(before % bands) == 0) before -= p.slots;
+                        const bool last = before % bands == bands - 1;
+                        if (before >= 0) {
+                            acquire_at_least(sums_done + before, last ? sum_blocks - (bands - 1) * band_sums : band_sums);
+                        }
                     }
                 }
                 barrier_arrive(item_full + 8 * item_position.slot);
@@ -155,35 +178,36 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Gemm2
                 barrier_wait(item_full + 8 * item_position.slot, item_position.parity);
                 const int number = load_shared_int(item_number + 4 * item_position.slot);
                 if (number == no_more) break;
+                const int phase = load_shared_int(item_phase + 4 * item_position.slot);
                 barrier_wait(item_stored + 8 * item_position.slot, item_position.parity);
-                release_add(gemms_done + number / in_slice);
+                release_add(gemms_done + phase);
                 barrier_arrive(item_empty + 8 * item_position.slot);
                 item_position.advance();
             }
         } else if (thread == 64) {  // the foreman
             Ring<sum_items_ahead> sum_position, read_position;
             int number = atomic_next(next_sum);
-            int multiplied = 0;   // slices known to be
-            int unread = no_more;  // item handed out before, not yet told to be read
+            int multiplied = 0;    // phases known to be, as far as this block asked
+            int unread = no_more;  // phase of the item handed out before, if not yet told to be read
             auto tell = [&]() {
                 if (unread == no_more) return;
                 barrier_wait(sum_read + 8 * read_position.slot, read_position.parity);
                 read_position.advance();
-                release_add(sums_done + unread / sum_blocks);
+                release_add(sums_done + unread);
                 unread = no_more;
             };
             while (number < sum_items) {
-                const int slice = number / sum_blocks;
-                if (slice >= multiplied) {
+                const int band = number % sum_blocks / band_sums, phase = number / sum_blocks * bands + band;
+                if (phase >= multiplied) {
                     tell();  // before waiting: somebody may wait for that
-                    acquire_at_least(gemms_done + slice, in_slice);
-                    multiplied = slice + 1;
+                    acquire_at_least(gemms_done + phase, tiles_of(band) * (p.slice / COLUMNS));
+                    multiplied = phase + 1;
                 }
                 store_shared_int(sum_number + 4 * sum_position.slot, number);
                 barrier_arrive(sum_full + 8 * sum_position.slot);
                 sum_position.advance();
                 tell();  // of the one before, so that the slot handed out next is free
-                unread = number;
+                unread = phase;
                 number = atomic_next(next_sum);
             }
             tell();
@@ -245,11 +269,13 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Gemm2
             if (lane == 0) barrier_arrive(empty + 8 * position.previous());
             const float row_scale[2] = {act_scale[0] * weight[0], act_scale[1] * weight[1]};
             if (size > 0) {
-                u16* slot = p.partial + (item.slice % p.slots) * slot_elements + (item.column - item.slice * p.slice);
+                const int phase = load_shared_int(item_phase + 4 * item_position.slot);
+                const int first_pair = (phase - item.slice * bands) * band_pairs;
+                u16* slot = p.partial + (phase % p.slots) * slot_elements + (item.column - item.slice * p.slice);
                 u16* target[2];
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    target[half] = slot + static_cast<i64>(pair[half]) * p.slice + 8 * (lane % 4);
+                    target[half] = slot + static_cast<i64>(pair[half] - first_pair) * p.slice + 8 * (lane % 4);
                 }
 #pragma unroll
                 for (int four = 0; four < COLUMNS / 32; ++four) {
@@ -287,7 +313,8 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Gemm2
             const int number = load_shared_int(sum_number + 4 * sum_position.slot);
             if (number == no_more) break;
             const int slice = number / sum_blocks, first_token = number % sum_blocks * sum_tokens;
-            const u16* slot = p.partial + (slice % p.slots) * slot_elements;
+            const int band = number % sum_blocks / band_sums, first_pair = band * band_pairs;
+            const u16* slot = p.partial + ((slice * bands + band) % p.slots) * slot_elements;
             for (int work = t; work < sum_tokens / at_once * vectors; work += sum_threads) {
                 const int vector = work % vectors;
                 const u16* first[at_once];
@@ -298,8 +325,8 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Gemm2
                 for (int i = 0; i < at_once; ++i) {
                     token[i] = first_token + work / vectors + i * (sum_tokens / at_once);
                     real[i] = token[i] < p.tokens;
-                    const i64 pair = static_cast<i64>(real[i] ? token[i] : 0) * p.top_k;
-                    first[i] = slot + pair * p.slice + 8 * vector;
+                    const i64 pair = static_cast<i64>(real[i] ? token[i] : first_token) * p.top_k;
+                    first[i] = slot + (pair - first_pair) * p.slice + 8 * vector;
                     ids[i] = p.local_ids + pair;
                 }
                 Vector4 sums[at_once];
@@ -320,7 +347,7 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Gemm2
     // The last block leaves the counters as it found them, for the next launch.
     block_barrier();
     if (thread == 0 && atomic_next_ordered(blocks_done) == grid_size() - 1) {
-        for (int i = 0; i < 3 + 2 * slices; ++i) p.counters[i] = 0;
+        for (int i = 0; i < 3 + 2 * phases; ++i) p.counters[i] = 0;
     }
 }
 
@@ -331,11 +358,11 @@ using namespace glm_hopper;
 #define GLM_GEMM2(name, columns, stages)                                                                                       \
     GLM_KERNEL(512) name(GLM_MAP act, GLM_MAP w2, const float* act_scales, const float* w2_scales, const float* topk_weights,  \
                          u16* partial, const int* local_ids, u16* out, const int* rows, const int* tiles, const int* counts,   \
-                         int* counters, int tokens, int max_tiles, int hidden_size, int intermediate_size, int experts,        \
-                         int top_k, int slice, int slots) {                                                                    \
+                         int* counters, const int* band_tiles, int tokens, int max_tiles, int hidden_size,                     \
+                         int intermediate_size, int experts, int top_k, int slice, int slots, int band) {                      \
         gemm2_sum<columns, stages>(act, w2, {act_scales, w2_scales, topk_weights, partial, local_ids, out, rows, tiles, counts,\
-                                             counters, tokens, max_tiles, hidden_size, intermediate_size, experts, top_k,      \
-                                             slice, slots});                                                                   \
+                                             counters, band_tiles, tokens, max_tiles, hidden_size, intermediate_size, experts, \
+                                             top_k, slice, slots, band});                                                      \
     }
 
 GLM_GEMM2(glm_gemm2_sum_n128, 128, 6)

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 
 from vllm_glm_patch.moe.generators import Inputs
-from vllm_glm_patch.moe.hopper.backend import HopperConfig, HopperPass, triton_config
+from vllm_glm_patch.moe.hopper.backend import HopperConfig, HopperPass, layout_of, triton_config
 from vllm_glm_patch.moe.hopper.native import Native
 from vllm_glm_patch.moe.pipeline import Tensors
 from vllm_glm_patch.moe.reference import fused_moe, local_experts, quantise_per_token, relative_error
-from vllm_glm_patch.moe.workspace import layout
 
 POISON = 0xFF  # NaN in FP8 and bf16, −1 in int32
 # A tensor core's sums keep some 14 bits: what an element may be off by, relative to the largest of its row.
@@ -104,7 +103,7 @@ def check_layer(
     report = Report()
     problem, device = inputs.problem, inputs.hidden_states.device
     shared = triton_config(config, native)
-    plan = layout(problem, shared)
+    plan = layout_of(problem, config, shared)
     workspace = torch.full((plan.total,), POISON, dtype=torch.uint8, device=device)
     out = torch.full_like(inputs.hidden_states, float("nan"))
     tensors = Tensors(

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.gpu
 SEED = random.SystemRandom().randrange(1 << 31)
 
 _CASES = [
-    # tokens, intermediate size, experts here and in all, GEMM1, GEMM2, slice, slots, routing
+    # tokens, intermediate size, experts here and in all, GEMM1, GEMM2, slice, slots, routing; tokens of a band
     (1, 192, 160, 160, "decode_t8", "decode_t8", 0, 0, "spread"),
     (64, 192, 160, 160, "decode_t8", "decode_t8", 0, 0, "bad"),
     (200, 384, 40, 40, "decode_t16", "decode_t16", 0, 0, "skewed"),
@@ -33,11 +33,14 @@ _CASES = [
     (2048, 1536, 20, 160, "columns_c2", "sum_n128", 256, 2, "spread"),
     (513, 768, 16, 16, "exact_c1", "sum_n256", 512, 2, "spread"),
     (100, 192, 16, 16, "row_c1", "sum_n128", 128, 2, "none"),
+    (8192, 192, 160, 160, "row_c1", "sum_n256", 256, 3, "spread", 2048),
+    (8191, 192, 160, 160, "row_c1", "sum_n128", 256, 2, "skewed", 1024),
+    (5000, 384, 40, 40, "columns_c1", "sum_n256", 512, 2, "bad", 1152),
 ]
 
 
 def _ids(case: tuple[Any, ...]) -> str:
-    return f"{case[0]}-N{case[1]}-{case[4]}-{case[5]}-{case[8]}"
+    return f"{case[0]}-N{case[1]}-{case[4]}-{case[5]}-{'-'.join(map(str, case[8:]))}"
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +68,9 @@ def _layer(native: Any, case: tuple[Any, ...]) -> tuple[Any, Any, int]:
     from vllm_glm_patch.moe.problem import Problem
 
     print(f"SEED={SEED}")
-    tokens, width, experts, global_experts, gemm1, gemm2, slice_width, slots, routing = case
+    tokens, width, experts, global_experts, gemm1, gemm2, slice_width, slots, routing, *band = case
     inputs = make_inputs(Problem(tokens, 5120, width, experts, global_experts), SEED, routing, "cuda")
-    config = HopperConfig(f"glm_gemm1_{gemm1}", f"glm_gemm2_{gemm2}", slice_width or 256, slots or 2)
+    config = HopperConfig(f"glm_gemm1_{gemm1}", f"glm_gemm2_{gemm2}", slice_width or 256, slots or 2, band=sum(band))
     return inputs, config, torch.cuda.get_device_properties(0).multi_processor_count
 
 

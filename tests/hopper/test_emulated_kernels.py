@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,18 @@ _CASES = [
     ("glm_gemm2_sum_n128", {"tokens": 33, "hidden": 512, "slice": 128, "slots": 2, "top_k": 8}),
     ("glm_gemm2_sum_n256", {"tokens": 65, "hidden": 512, "slice": 256, "slots": 2, "width": 384}),
     ("glm_gemm2_sum_n256", {"tokens": 40, "hidden": 512, "slice": 512, "slots": 1, "top_k": 11, "experts": 2}),
+    # By bands of tokens: two slots and one block at a time; a last band of 4 tokens; one slice; a band without a valid pair;
+    # experts with rows in one band only, tiles of 128 and of a few rows, more slots than bands; an expert without any; no valid
+    # pair at all; two bands without any, and all but one; a band as large as all the tokens.
+    ("glm_gemm2_sum_n128", {"tokens": 128, "hidden": 512, "slice": 128, "slots": 2, "band": 64, "resident": 1}),
+    ("glm_gemm2_sum_n256", {"tokens": 100, "hidden": 512, "slice": 256, "slots": 3, "band": 32, "top_k": 3}),
+    ("glm_gemm2_sum_n128", {"tokens": 70, "slice": 256, "slots": 2, "band": 32, "silent": 0b10, "grid": 2}),
+    ("glm_gemm2_sum_n256", {"tokens": 200, "hidden": 512, "slots": 5, "band": 96, "skew": 2, "experts": 5}),
+    ("glm_gemm2_sum_n128", {"tokens": 97, "hidden": 512, "slice": 128, "band": 32, "experts": 12, "top_k": 1, "grid": 5}),
+    ("glm_gemm2_sum_n256", {"tokens": 66, "hidden": 512, "band": 32, "invalid": 100, "grid": 2}),
+    ("glm_gemm2_sum_n128", {"tokens": 150, "hidden": 512, "slice": 128, "band": 32, "silent": 0b1010, "grid": 4}),
+    ("glm_gemm2_sum_n128", {"tokens": 150, "hidden": 512, "slice": 128, "band": 32, "silent": 0b10111, "grid": 4}),
+    ("glm_gemm2_sum_n128", {"tokens": 64, "hidden": 512, "slice": 256, "band": 64, "skew": 1}),
     ("glm_gemm1_decode_t8", {"tokens": 9, "top_k": 8}),
     ("glm_gemm1_decode_t16", {"tokens": 33}),
     ("glm_gemm1_decode_t32", {"tokens": 40, "skew": 1}),
@@ -35,7 +48,9 @@ _CASES = [
 ]
 
 
-@pytest.mark.parametrize(("kernel", "options"), _CASES, ids=[f"{name[4:]}-{o['tokens']}" for name, o in _CASES])
+@pytest.mark.parametrize(
+    ("kernel", "options"), _CASES, ids=[f"{name[4:]}-{o['tokens']}-{o.get('band', 0)}" for name, o in _CASES]
+)
 def test_kernel_is_right_under_random_timing(check_program: Path, kernel: str, options: dict[str, int]) -> None:
     done = run_check(check_program, kernel, seed=SEED, **options)
     assert done.returncode == 0, f"seed={SEED}\n{done.stdout}{done.stderr}"
@@ -50,6 +65,22 @@ def test_kernel_is_right_under_random_timing(check_program: Path, kernel: str, o
 def test_extreme_timings_give_the_same(check_program: Path, kernel: str, timing: int) -> None:
     done = run_check(check_program, kernel, timing=timing, seed=SEED, tokens=40, grid=2)
     assert done.returncode == 0, f"seed={SEED}\n{done.stdout}{done.stderr}"
+
+
+@pytest.mark.parametrize("timing", [0, 1], ids=["eager", "late"])
+@pytest.mark.parametrize("kernel", ["glm_gemm2_sum_n128", "glm_gemm2_sum_n256"])
+def test_extreme_timings_give_the_same_by_bands(check_program: Path, kernel: str, timing: int) -> None:
+    done = run_check(check_program, kernel, timing=timing, seed=SEED, tokens=72, hidden=512, slice=256, band=32, grid=2)
+    assert done.returncode == 0, f"seed={SEED}\n{done.stdout}{done.stderr}"
+
+
+@pytest.mark.parametrize("band", [0, 64])
+def test_sums_of_16_tokens_are_as_right(changed_kernel: Callable[..., Path], band: int) -> None:
+    file = "gemm2_prefill.cu"
+    program = changed_kernel(file, "#define GLM_SUM_TOKENS 32", "#define GLM_SUM_TOKENS 16", file)
+    for timing in (0, 1, 2):
+        done = run_check(program, "glm_gemm2_sum_n128", seed=SEED, timing=timing, tokens=150, hidden=512, slice=128, band=band)
+        assert done.returncode == 0, f"seed={SEED}\n{done.stdout}{done.stderr}"
 
 
 @pytest.mark.parametrize(

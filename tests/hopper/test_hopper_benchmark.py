@@ -35,6 +35,26 @@ def test_cases_name_every_kernel_and_none_other(benchmark: ModuleType) -> None:
             assert {case.gemm1 for case in timed} | {case.gemm2 for case in timed} <= names
 
 
+def test_cases_with_bands_are_configurations_and_say_so(benchmark: ModuleType) -> None:
+    from vllm_glm_patch.moe.hopper.backend import HopperConfig
+    from vllm_glm_patch.moe.routing import bands_of
+
+    cases = benchmark.checks() + [case for shape in benchmark.SHAPES for case in benchmark.timed(shape, 8192)]
+    banded = [case for case in cases if case.band]
+    assert {(case.tokens, bands_of(case.tokens, 8, case.band)) for case in banded} == {
+        (8192, 4),
+        (8192, 2),
+        (8191, 8),
+        (700, 3),
+    }
+    assert any(case.tokens % case.band for case in banded), "none has a short last band"
+    assert all(f"band {case.band} " in case.text for case in banded)
+    assert len({case.text for case in banded}) >= 11
+    for case in banded:
+        HopperConfig(case.gemm1, case.gemm2, case.slice, case.slots, band=case.band)
+    assert not any(case.band for case in benchmark.timed("TP8", 2048))
+
+
 _CHILD = """
 import json, sys, time
 print(json.dumps({"ready": True}), flush=True)

@@ -71,6 +71,7 @@ def layer(**changes: int) -> Layer:
     values = {name: (1 + i) << 20 for i, (name, kind) in enumerate(Layer._fields_) if kind is Layer._fields_[0][1]}
     values |= {"w13_stride": 2 * WIDTH * HIDDEN, "w2_stride": WIDTH * HIDDEN, "tokens_count": TOKENS, "hidden_size": HIDDEN}
     values |= {"intermediate_size": WIDTH, "experts": EXPERTS, "top_k": TOP_K, "max_tiles": 416, "slice": 512, "slots": 3}
+    values |= {"band": 64}
     return Layer(**{**values, "programmatic": 1, **changes})
 
 
@@ -141,8 +142,8 @@ EXPECTED = {
     ),
     "glm_gemm2_sum_n128": (
         None, None, "act_scales", "w2_scales", "topk_weights", "partial", "local_ids", "out", "rows", "tiles + 3 * max_tiles",
-        "counts", "counts + 3", "tokens_count", "max_tiles", "hidden_size", "intermediate_size", "experts", "top_k", "slice",
-        "slots",
+        "counts", "counts + 3", "band_tiles", "tokens_count", "max_tiles", "hidden_size", "intermediate_size", "experts",
+        "top_k", "slice", "slots", "band",
     ),
     "glm_gemm1_decode_t8": (
         None, "tokens", "token_scales", "w13_scales", "act", "rows", "tiles", "counts", "max_tiles", "hidden_size",
@@ -294,7 +295,24 @@ def test_an_earlier_kernels_fault_is_told_apart(native: Native, mock: Mock) -> N
         ("glm_gemm2_decode_t8", {"intermediate_size": 1728, "w2_stride": 1728 * HIDDEN}, "1536 or less"),
         ("glm_gemm2_sum_n256", {"slice": 384}, "slice 384 must be a multiple of 256 and divide hidden_size"),
         ("glm_gemm2_sum_n128", {"slots": 1}, "slots is 1; two or more"),
-        ("glm_gemm2_sum_n128", {"hidden_size": 1 << 15, "slice": 128, "w2_stride": 192 << 15}, "more counters"),
+        (
+            "glm_gemm2_sum_n128",
+            {"slots": 1, "slice": HIDDEN},
+            "slots is 1; two or more are needed where there are several slices or bands",
+        ),
+        (
+            "glm_gemm2_sum_n128",
+            {"hidden_size": 1 << 17, "slice": 128, "w2_stride": 192 << 17, "band": 0},
+            "slice 128 with 1 band needs more counters",
+        ),
+        (
+            "glm_gemm2_sum_n128",
+            {"slice": 128, "band": 32, "tokens_count": 32 * 26},
+            "slice 128 with 26 bands needs more counters",
+        ),
+        ("glm_gemm2_sum_n128", {"band": 48}, "band 48 must be a multiple of 32 tokens"),
+        ("glm_gemm2_sum_n128", {"band": -32}, "band -32 must be a multiple of 32 tokens"),
+        ("glm_gemm2_sum_n256", {"band_tiles": 0}, "band_tiles is null"),
         ("glm_gemm2_sum_n128", {"max_tiles": 0}, "max_tiles must be positive"),
         ("glm_topk_sum", {"tokens_count": 1 << 29}, "31 bits"),
         ("glm_topk_sum", {"top_k": -1}, "every size must be positive"),

@@ -151,6 +151,55 @@ def test_the_default_rules_fit_the_sizes_they_are_for(native: Native) -> None:
     assert default_config(Problem(1, intermediate_size=3072)).gemm1 == "glm_gemm1_columns_c1"
 
 
+def test_many_tokens_go_by_bands_and_the_workspace_stays_small(native: Native) -> None:
+    from vllm_glm_patch.moe.hopper.backend import default_config, layout_of, triton_config, workspace_bytes
+
+    assert [default_config(Problem(tokens)).band for tokens in (2048, 2049, 16384)] == [0, 2048, 2048]
+    chosen = default_config(Problem(8192))
+    assert (chosen.slice, chosen.slots) == (256, 3)
+    assert workspace_bytes(Problem(8192), chosen, native) <= 140e6
+    assert workspace_bytes(Problem(16384, 8192, 1536), default_config(Problem(16384, 8192, 1536)), native) > 0
+    # Three slots of 2048 tokens' pairs × 256 columns; the quantised tokens that lie there before need more.
+    one = dataclasses.replace(chosen, band=0)
+    sizes = [layout_of(Problem(8192), c, triton_config(c, native)).offsets["tokens_or_partial"][1] for c in (chosen, one)]
+    assert sizes == [8192 * 5120, 3 * 65536 * 256 * 2]
+    few = config(*DECODE, band=2048)
+    assert workspace_bytes(Problem(4096), few, native) == workspace_bytes(Problem(4096), config(*DECODE), native)
+
+
+def test_bands_reach_the_kernel_with_the_first_tile_of_each(native: Native, mock: Mock) -> None:
+    problem = dataclasses.replace(TP8, tokens=600)
+    one, tensors, workspace = hopper_pass(native, mock, config(*PREFILL_ROW, slice=256, band=256), problem)
+    one.run()
+    _, gemm2 = mock.launches()
+    first = (gemm2.pointer(12) - workspace.data_ptr()) // 4
+    tiles = [-(-int(count) // 128) for band in tensors.topk_ids.split(256) for count in band.flatten().bincount(minlength=16)]
+    assert workspace.view(torch.int32)[first : first + 3].tolist() == [0, sum(tiles[:16]), sum(tiles[:32])]
+    assert gemm2.number(21) == 256
+    # Few enough pairs for one launch of routing, or tokens for one band: none.
+    for tokens, band in ((256, 256), (600, 608)):
+        one, _, _ = hopper_pass(
+            native, mock, config(*PREFILL_ROW, slice=256, band=band), dataclasses.replace(TP8, tokens=tokens)
+        )
+        one.run()
+        gemm2 = mock.launches()[1]
+        assert (gemm2.pointer(12), gemm2.number(21)) == (0, 0)
+
+
+def test_a_band_that_cannot_be_is_refused(native: Native) -> None:
+    from vllm_glm_patch.moe.hopper.backend import told, workspace_bytes
+
+    for band in (-32, 100):
+        with pytest.raises(ValueError, match=f"band {band} must be a multiple of 32 tokens, or 0"):
+            config(*PREFILL_ROW, band=band)
+    with pytest.raises(
+        HopperError, match=r"HopperConfig\(band=96\) cannot serve 8192 tokens: .* choose a multiple of 128 tokens"
+    ):
+        workspace_bytes(Problem(8192), config(*PREFILL_ROW, band=96), native)
+    names = dict(zip(("gemm1", "gemm2"), PREFILL_ROW))
+    assert told({"backend": "hopper", **names, "band": 2048}) == config(*PREFILL_ROW, band=2048)
+
+
 def test_kernels_that_do_not_go_together_are_refused(native: Native) -> None:
     from vllm_glm_patch.moe.hopper.backend import triton_config
 
@@ -209,7 +258,7 @@ def test_a_failure_is_kept_and_has_both_reasons(native: Native, mock: Mock) -> N
 
 
 def test_cubins_of_another_abi_or_incomplete_are_refused(native: Native, mock: Mock) -> None:
-    with pytest.raises(HopperError, match=r"nvcc 99 are of ABI 0, and libglm_hopper\.so is of 1"):
+    with pytest.raises(HopperError, match=r"nvcc 99 are of ABI 0, and libglm_hopper\.so is of 2"):
         library.Loader(native, images(native, abi=0), lambda: pytest.fail("compiled"), mock.path).on(0)
     few = dataclasses.replace(images(native), files={"topk_sum.cu": b""})
     with pytest.raises(HopperError, match=r"lack gemm1_prefill\.cu"):

@@ -15,8 +15,10 @@ from emulated import KERNELS, NATIVE, ROOT
 HOST = KERNELS / "host"
 
 _CASES = [
-    # tokens, intermediate size, experts of this rank and in all, kernels, routing
+    # tokens, intermediate size, experts of this rank and in all, kernels, routing; tokens of a band, top_k
     (40, 192, 4, 4, "glm_gemm1_row_c1", "glm_gemm2_sum_n128", "spread"),
+    (136, 192, 9, 9, "glm_gemm1_row_c1", "glm_gemm2_sum_n128", "bad", 128, 8),
+    (136, 192, 8, 16, "glm_gemm1_row_c1", "glm_gemm2_sum_n256", "spread", 128, 8),
     (70, 192, 4, 4, "glm_gemm1_row_c2", "glm_gemm2_sum_n256", "bad"),
     (33, 384, 3, 6, "glm_gemm1_columns_c1", "glm_gemm2_sum_n256", "spread"),
     (20, 384, 3, 3, "glm_gemm1_exact_c1", "glm_gemm2_sum_n128", "skewed"),
@@ -54,10 +56,11 @@ def run_all(launcher: str, driver: str) -> None:
     native.open(driver)
     for source in native.sources:
         native.load(0, source, b"")
-    for number, (tokens, width, experts, global_experts, gemm1, gemm2, routing) in enumerate(_CASES):
-        problem = Problem(tokens, 512, width, experts, global_experts, top_k=2)
+    for number, (tokens, width, experts, global_experts, gemm1, gemm2, routing, *more) in enumerate(_CASES):
+        band, top_k = more or (0, 2)
+        problem = Problem(tokens, 512, width, experts, global_experts, top_k)
         inputs = make_inputs(problem, 11, routing)  # type: ignore[arg-type]
-        config = HopperConfig(gemm1, gemm2, slice=256, slots=2)
+        config = HopperConfig(gemm1, gemm2, slice=256, slots=2, band=band)
         report = check_layer(native, inputs, config, multiprocessors=2, stream=lambda: 0)
         print(json.dumps({"case": number, "wrong": report.wrong, "lines": report.lines}), flush=True)
 
@@ -76,7 +79,9 @@ def results(libraries: tuple[Path, Path]) -> tuple[dict[int, dict[str, Any]], st
     return {result["case"]: result for result in found}, f"exit status {done.returncode}: {done.stderr[-3000:]}"
 
 
-@pytest.mark.parametrize("case", range(len(_CASES)), ids=[f"{c[4][4:]}-{c[5][4:]}-{c[6]}" for c in _CASES])
+@pytest.mark.parametrize(
+    "case", range(len(_CASES)), ids=[f"{c[4][4:]}-{c[5][4:]}-{'-'.join(map(str, c[6:8]))}" for c in _CASES]
+)
 def test_layer_agrees_with_float64(results: tuple[dict[int, dict[str, Any]], str], case: int) -> None:
     found, otherwise = results
     assert case in found, otherwise

@@ -61,7 +61,7 @@ def plain_cases() -> list[Case]:
         "HAS_MAP": False,
         "BINS": 256,
     }
-    lists = {"BLOCK_M1": 16, "BLOCK_M2": 16, "DONE": 256}
+    lists = {"BLOCK_M1": 16, "BLOCK_M2": 16, "DONE": 2048}
     return [
         Case(
             "tile 128x64",
@@ -217,8 +217,24 @@ def plain_cases() -> list[Case]:
         Case(
             "place",
             "routing:place_kernel",
-            {"EXPERTS": 160, "BINS": 256, "CHUNK": 1024, "PLACE": 16, "STRIP": 256},
+            {"EXPERTS": 160, "BINS": 256, "CHUNK": 1024, "PLACE": 16, "STRIP": 256, "BAND_M": 0},
             4,
+            3,
+            False,
+        ),
+        Case(
+            "place, by bands",
+            "routing:place_kernel",
+            {"EXPERTS": 160, "BINS": 256, "CHUNK": 1024, "PLACE": 16, "STRIP": 256, "BAND_M": 128},
+            4,
+            3,
+            False,
+        ),
+        Case(
+            "scan, by bands",
+            "routing:scan_kernel",
+            {"EXPERTS": 160, "BINS": 256, "ROWS": 16, **lists, "BLOCK_M2": 0},
+            8,
             3,
             False,
         ),
@@ -245,9 +261,16 @@ def argument_type(name: str, kernel: str, constants: dict[str, object]) -> str:
         return pointers[name]
     if name.endswith("scales") or name == "topk_weights":
         return "*fp32"
-    if name in ("rows", "tiles", "counts", "local_ids", "ids", "expert_map", "done", "histogram", "limit"):
+    if name in ("rows", "tiles", "counts", "local_ids", "ids", "expert_map", "done", "histogram", "limit", "band_tiles"):
         return "*i32"
     return "i32"
+
+
+def before_waits(ptx: str) -> str:
+    """What a program runs before it waits for its predecessor: up to the first wait, and between the end of a path that has
+    waited and the next path's wait."""
+    first, *later = ptx.split("griddepcontrol.wait")
+    return first + "".join(re.split(r"\bbra\.uni\b|\bret;", part)[-1] for part in later[:-1])
 
 
 def compile_case(case: Case) -> dict[str, object]:
@@ -267,7 +290,7 @@ def compile_case(case: Case) -> dict[str, object]:
             signature[argument] = "constexpr"
         else:
             signature[argument] = argument_type(argument, name, case.constants)
-            unspecialised = ("pairs", "chunks")
+            unspecialised = ("pairs", "chunks", "bands", "band_chunks")
             if argument not in unspecialised and not (argument == "tokens" and signature[argument] == "i32"):
                 attributes[(index,)] = [["tt.divisibility", 16]]
     signature["PDL"] = "constexpr"
@@ -285,7 +308,7 @@ def compile_case(case: Case) -> dict[str, object]:
         code = subprocess.run([tools / "cuobjdump", "-sass", cubin], capture_output=True, text=True, check=True).stdout
     finally:
         cubin.unlink(missing_ok=True)
-    before_wait = compiled.asm["ptx"].partition("griddepcontrol.wait")[0] if case.pdl else ""
+    before_wait = before_waits(compiled.asm["ptx"]) if case.pdl else ""
     return {
         "case": case.name,
         "registers": int(re.search(r"REG:(\d+)", usage).group(1)),  # type: ignore[union-attr]

@@ -48,7 +48,11 @@ def compile_only(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options:
 
 
 class Pass:
-    """One pass: views into the workspace and a method for each step. `run` calls them in order."""
+    """One pass: views into the workspace and a method for each step. `run` calls them in order.
+
+    band: tokens of a band, by which the prologue lists GEMM2's tiles for the native gemm2_sum; Triton's GEMM2 takes but one
+    band (0).
+    """
 
     def __init__(
         self,
@@ -58,12 +62,14 @@ class Pass:
         workspace: torch.Tensor,
         multiprocessors: int,
         launch: Launch = launch_now,
+        band: int = 0,
     ) -> None:
         self._launch = launch
+        self.band, self.bands = band, routing.bands_of(problem.tokens, problem.top_k, band)
         self.pdl = config.pdl and dependent_launch()
         self.problem, self.config, self.t = problem, config, tensors
         self.multiprocessors = multiprocessors
-        plan: Layout = layout(problem, config)
+        plan: Layout = layout(problem, config, band)
         self._plan, self._workspace = plan, workspace
         # Absent tensors still need an argument; kernels never read it.
         self.map = tensors.expert_map if tensors.expert_map is not None else tensors.topk_ids
@@ -73,12 +79,14 @@ class Pass:
             "HAS_MAP": tensors.expert_map is not None,
         }
         if config.path == "grouped":
-            self.max_tiles = tiles_of(problem, config)
+            self.max_tiles = tiles_of(problem, config, band)
             self.local_ids = self._view("local_ids", torch.int32)
             self.rows = self._view("rows", torch.int32)
             self.histogram = self._view("histogram", torch.int32)
             self.tiles = self._view("tiles", torch.int32)
             self.counts = self._view("counts", torch.int32)
+            # With one band it is an argument that the kernel does not read.
+            self.band_tiles = self._view("band_tiles", torch.int32) if self.bands > 1 else self.counts
             self.token_scales = self._view("token_scales", torch.float32)
             self.act_scales = self._view("act_scales", torch.float32)
             self.quantised = self._view("tokens_or_partial", torch.float8_e4m3fn)
@@ -200,6 +208,7 @@ class Pass:
             )
             return
         chunks = -(-p.pairs // routing.CHUNK)
+        banded = self.bands > 1
         self.launch(
             routing.prologue_kernel,
             (chunks + p.tokens,),
@@ -231,21 +240,28 @@ class Pass:
             BINS=bins,
             ROWS=16,
             num_warps=8,
-            **blocks,
+            **(blocks | {"BLOCK_M2": 0} if banded else blocks),
         )
         self.launch(
             routing.place_kernel,
-            (-(-p.pairs // routing.PLACE),),
+            (-(-p.pairs // routing.PLACE) + (self.bands if banded else 0),),
             self.local_ids,
             self.histogram,
             self.rows,
+            self.tiles,
+            self.counts,
+            self.band_tiles,
             p.pairs,
             chunks,
+            self.max_tiles,
+            self.bands,
+            self.band * p.top_k // routing.CHUNK,
             EXPERTS=p.experts,
             BINS=bins,
             CHUNK=routing.CHUNK,
             PLACE=routing.PLACE,
             STRIP=routing.STRIP,
+            BAND_M=c.gemm2.block_m if banded else 0,
             num_warps=4,
         )
 

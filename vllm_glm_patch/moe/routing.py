@@ -4,7 +4,10 @@ Output, all int32, written anew by every call:
     local_ids [pairs]   local expert of each pair, or `experts` where none (see triton/common.py: clean_expert)
     rows [pairs]        pairs ordered by (local expert, pair number); the `counts[0]` first are valid
     tiles [2, 3, max]   for GEMM1 and GEMM2: expert, first row and number of rows of each tile
-    counts [4 + DONE]   valid pairs, GEMM1's tiles, GEMM2's tiles, then zeros: gemm2_fused.py's ticket and step counters
+    counts [4 + DONE]   valid pairs, GEMM1's tiles, GEMM2's tiles, then zeros: the counters of gemm2_fused.py and of the
+                        native gemm2_sum
+    band_tiles [bands]  where GEMM2 works by bands of tokens: the first tile of each. GEMM2's tiles are listed band by band
+                        then, and none has rows of two bands; the order of rows is the same
 
 Pair p is token p // top_k and choice p % top_k. The order depends on the ids alone, so results repeat bit for bit.
 Token quantisation rides in the first launch: it has no dependency on routing, and a launch costs 2 – 3 µs.
@@ -14,6 +17,8 @@ Token quantisation rides in the first launch: it has no dependency on routing, a
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
+
+import math
 
 import triton
 import triton.language as tl
@@ -28,15 +33,32 @@ PLACE = 16
 # pairs for 128 to place, is what made 43 µs of the prologue at 1024 tokens (H100).
 STRIP = 256
 # Zeros kept behind the counts.
-DONE = 256
+DONE = 2048
 # Up to this many pairs all the routing is in the first launch: a program looks at every pair to place its few.
 SMALL_PAIRS = 1024
 SMALL_PLACE = 16
 
 
-def max_tiles(pairs: int, experts: int, block_m: int) -> int:
-    """Most tiles any routing of `pairs` pairs can need: full ones, and one part-filled for each expert met."""
-    return pairs // block_m + min(experts, pairs)
+def max_tiles(pairs: int, experts: int, block_m: int, bands: int = 1) -> int:
+    """Most tiles any routing of `pairs` pairs can need: full ones, and one part-filled for each expert met in each band."""
+    return pairs // block_m + min(experts * bands, pairs)
+
+
+def bands_of(tokens: int, top_k: int, band: int) -> int:
+    """Number of bands of `band` tokens, the last of which may be shorter; 1 where band is 0, and up to SMALL_PAIRS pairs.
+
+    Raises:
+        ValueError: there would be several, and a band is not a whole number of chunks.
+    """
+    if band == 0 or band >= tokens or tokens * top_k <= SMALL_PAIRS:
+        return 1
+    if band < 0 or band * top_k % CHUNK:
+        step = CHUNK // math.gcd(CHUNK, top_k)
+        raise ValueError(
+            f"a band of {band} tokens with top_k {top_k} is not a whole number of chunks of {CHUNK} pairs, by which routing"
+            f" counts; choose a multiple of {step} tokens, or 0 for one band"
+        )
+    return -(-tokens // band)
 
 
 @triton.jit
@@ -67,12 +89,16 @@ def finish(
     BINS: tl.constexpr,
     DONE: tl.constexpr,
 ):
-    """From pairs per expert [BINS]: tile lists of both GEMMs and the counts. Returns each expert's first row."""
+    """From pairs per expert [BINS]: tile lists of both GEMMs and the counts. Returns each expert's first row.
+
+    BLOCK_M2 = 0: GEMM2's list and its count are left to `list_band`.
+    """
     expert = tl.arange(0, BINS)
     starts = tl.cumsum(totals, axis=0) - totals
     tl.store(counts, tl.sum(tl.where(expert < EXPERTS, totals, 0), axis=0))
     tl.store(counts + 1, write_tiles(tiles, max_tiles, totals, starts, BLOCK_M1, EXPERTS, BINS))
-    tl.store(counts + 2, write_tiles(tiles + 3 * max_tiles, max_tiles, totals, starts, BLOCK_M2, EXPERTS, BINS))
+    if BLOCK_M2 > 0:
+        tl.store(counts + 2, write_tiles(tiles + 3 * max_tiles, max_tiles, totals, starts, BLOCK_M2, EXPERTS, BINS))
     tl.store(counts + 3, 0)
     tl.store(counts + 4 + tl.arange(0, DONE), tl.zeros((DONE,), tl.int32))
     return starts
@@ -202,21 +228,84 @@ def scan_kernel(
     tl.store(histogram + chunks * BINS + expert, starts)
 
 
-@triton.jit(do_not_specialize=["pairs", "chunks"])
+@triton.jit
+def pairs_before(histogram, totals, chunk, chunks, expert, BINS: tl.constexpr):
+    """Pairs of each expert before a chunk, from the scanned histogram; before one past the end, all of them."""
+    here = tl.load(histogram + tl.minimum(chunk, chunks - 1) * BINS + expert)
+    return tl.where(chunk < chunks, here, totals)
+
+
+@triton.jit
+def list_band(
+    histogram,
+    tiles,
+    counts,
+    band_tiles,
+    band,
+    bands,
+    band_chunks,
+    chunks,
+    max_tiles,
+    BLOCK_M: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BINS: tl.constexpr,
+    TOGETHER: tl.constexpr,
+):
+    """List GEMM2's tiles of one band, from the scanned histogram. TOGETHER: earlier bands whose tiles are counted at once."""
+    expert = tl.arange(0, BINS)
+    starts = tl.load(histogram + chunks * BINS + expert)
+    # Where the next expert starts; BINS > EXPERTS, so there is one.
+    until = tl.load(histogram + chunks * BINS + expert + 1, mask=expert < EXPERTS, other=0)
+    totals = tl.where(expert < EXPERTS, until - starts, 0)
+    first_tile = 0
+    for earlier in range(0, band, TOGETHER):
+        each = (earlier + tl.arange(0, TOGETHER))[:, None]
+        before = pairs_before(histogram, totals[None, :], each * band_chunks, chunks, expert[None, :], BINS)
+        after = pairs_before(histogram, totals[None, :], (each + 1) * band_chunks, chunks, expert[None, :], BINS)
+        real = (each < band) & (expert < EXPERTS)[None, :]
+        wanted = tl.where(real, (after - before + BLOCK_M - 1) // BLOCK_M, 0)
+        first_tile += tl.sum(tl.sum(wanted, axis=1), axis=0)
+    before = pairs_before(histogram, totals, band * band_chunks, chunks, expert, BINS)
+    after = pairs_before(histogram, totals, (band + 1) * band_chunks, chunks, expert, BINS)
+    made = write_tiles(tiles + first_tile, max_tiles, after - before, starts + before, BLOCK_M, EXPERTS, BINS)
+    tl.store(band_tiles + band, first_tile)
+    tl.store(counts + 2, first_tile + made, mask=band == bands - 1)
+
+
+@triton.jit(do_not_specialize=["pairs", "chunks", "bands", "band_chunks"])
 def place_kernel(
     local_ids,
     histogram,
     rows,
+    tiles,
+    counts,
+    band_tiles,
     pairs,
     chunks,
+    max_tiles,
+    bands,
+    band_chunks,
     EXPERTS: tl.constexpr,
     BINS: tl.constexpr,
     CHUNK: tl.constexpr,
     PLACE: tl.constexpr,
     STRIP: tl.constexpr,
+    BAND_M: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Each program places PLACE pairs: expert's first row + pairs before its chunk + earlier ones in its chunk."""
+    """Each program places PLACE pairs: expert's first row + pairs before its chunk + earlier ones in its chunk.
+
+    BAND_M > 0: as many programs more as there are bands (of `band_chunks` chunks) list GEMM2's tiles, of BAND_M rows.
+    """
+    if BAND_M > 0:
+        band = tl.program_id(0) - tl.cdiv(pairs, PLACE)
+        if band >= 0:
+            begin(PDL)
+            second = tiles + 3 * max_tiles
+            list_band(
+                histogram, second, counts, band_tiles, band, bands, band_chunks, chunks, max_tiles, BAND_M, EXPERTS, BINS, 8
+            )
+            return
     first = tl.program_id(0) * PLACE
     pair = first + tl.arange(0, PLACE)
     inside = pair < pairs

@@ -36,12 +36,16 @@ class Layout:
     total: int
 
 
-def layout(problem: Problem, config: Config) -> Layout:
-    """Layout for one pass of `problem.tokens` tokens.
+def layout(problem: Problem, config: Config, band: int = 0) -> Layout:
+    """Layout for one pass of `problem.tokens` tokens, GEMM2 working by bands of `band` tokens (routing.bands_of).
 
     The partials of GEMM2 take the place of the quantised tokens, which nobody reads any more by then.
+
+    Raises:
+        ValueError: a band is not a whole number of routing's chunks.
     """
     p = problem
+    bands = routing.bands_of(p.tokens, p.top_k, band)
     offsets: dict[str, tuple[int, int]] = {}
     cursor = 0
 
@@ -57,8 +61,10 @@ def layout(problem: Problem, config: Config) -> Layout:
     add("local_ids", 4 * p.pairs)
     add("rows", 4 * p.pairs)
     add("histogram", 4 * (chunks + 1) * bins)
-    add("tiles", 4 * 6 * tiles_of(p, config))
+    add("tiles", 4 * 6 * tiles_of(p, config, band))
     add("counts", 4 * (4 + routing.DONE))
+    if bands > 1:
+        add("band_tiles", 4 * bands)
     add("token_scales", 4 * p.tokens)
     add("act_scales", 4 * p.pairs)
     if config.gemm1.kind != "row":
@@ -66,12 +72,17 @@ def layout(problem: Problem, config: Config) -> Layout:
     if config.gemm1.kind == "row" or needs_requantise(config):
         add("act_quantised", p.pairs * p.intermediate_size)
     slots = config.gemm2.slots if config.gemm2.kind == "fused" else 1
-    partial = 2 * p.pairs * slice_of(p, config) * slots
+    rows = band * p.top_k if bands > 1 and config.gemm2.kind == "fused" else p.pairs
+    partial = 2 * rows * slice_of(p, config) * slots
     add("tokens_or_partial", max(p.tokens * p.hidden_size, partial))
     return Layout(offsets, cursor)
 
 
-def tiles_of(problem: Problem, config: Config) -> int:
+def tiles_of(problem: Problem, config: Config, band: int = 0) -> int:
     """Room for tiles in each of the two lists: a multiple of 16, so that kernels are compiled once for it."""
-    most = routing.max_tiles(problem.pairs, problem.experts, min(config.gemm1.block_m, config.gemm2.block_m))
+    p, bands = problem, routing.bands_of(problem.tokens, problem.top_k, band)
+    most = max(
+        routing.max_tiles(p.pairs, p.experts, config.gemm1.block_m),
+        routing.max_tiles(p.pairs, p.experts, config.gemm2.block_m, bands),
+    )
     return -(-most // 16) * 16

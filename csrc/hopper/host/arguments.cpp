@@ -38,6 +38,7 @@ Arguments::Arguments(Family family, const GlmHopperLayer& layer, const TensorMap
       add(second_tiles_);
       add(layer.counts);
       add(counters_);
+      add(layer.band_tiles);
       add(layer.tokens_count);
       add(layer.max_tiles);
       add(layer.hidden_size);
@@ -46,6 +47,7 @@ Arguments::Arguments(Family family, const GlmHopperLayer& layer, const TensorMap
       add(layer.top_k);
       add(layer.slice);
       add(layer.slots);
+      add(layer.band);
       break;
     case Family::gemm1_decode:
       add(maps[0]);

@@ -7,7 +7,9 @@
 namespace glm_hopper {
 namespace {
 
-constexpr int kCounters = 257;  // zeros that routing.py keeps from counts + 3 on
+bool has_bands(const GlmHopperLayer& layer) { return layer.band > 0 && layer.band < layer.tokens_count; }
+
+constexpr int kCounters = 2049;  // zeros that routing.py keeps from counts + 3 on
 
 class Reason {
  public:
@@ -44,10 +46,15 @@ void check_sizes(const Kernel& kernel, const GlmHopperLayer& layer, Reason& reas
   const std::string slice = "slice " + std::to_string(layer.slice);
   reason.unless(layer.slice > 0 && layer.slice % kernel.tile_columns == 0 && layer.hidden_size % layer.slice == 0,
                 slice + " must be a multiple of " + std::to_string(kernel.tile_columns) + " and divide hidden_size");
-  reason.unless(layer.slots >= (layer.hidden_size > layer.slice ? 2 : 1),
-                "slots is " + std::to_string(layer.slots) + "; two or more are needed where there are several slices");
-  reason.unless(layer.slice <= 0 || 3 + 2 * (layer.hidden_size / layer.slice) <= kCounters,
-                slice + " needs more counters than routing.py keeps; choose a wider one");
+  const std::string band = "band " + std::to_string(layer.band);
+  reason.unless(layer.band >= 0 && (!has_bands(layer) || layer.band % 32 == 0),
+                band + " must be a multiple of 32 tokens, or 0 for one band of all");
+  reason.unless(layer.slots >= (layer.hidden_size > layer.slice || has_bands(layer) ? 2 : 1),
+                "slots is " + std::to_string(layer.slots) + "; two or more are needed where there are several slices or bands");
+  const int64_t bands = has_bands(layer) ? (int64_t(layer.tokens_count) + layer.band - 1) / layer.band : 1;
+  reason.unless(layer.slice <= 0 || 3 + 2 * bands * (layer.hidden_size / layer.slice) <= kCounters,
+                slice + " with " + std::to_string(bands) + (bands == 1 ? " band" : " bands") +
+                    " needs more counters than routing.py keeps; choose a wider one");
 }
 
 void check_weights(const char* name, const void* weights, int64_t stride, int64_t bytes, Reason& reason) {
@@ -81,6 +88,7 @@ void check_pointers(const Kernel& kernel, const GlmHopperLayer& layer, Reason& r
   if (kernel.family == Family::gemm2) {
     reason.pointer("act_quantised", layer.act_quantised, 16);
     reason.pointer("act_scales", layer.act_scales, 4);
+    if (has_bands(layer)) reason.pointer("band_tiles", layer.band_tiles, 4);
   }
   if (kernel.family == Family::gemm2_decode) reason.pointer("act", layer.act, 16);
   if (first || second) {

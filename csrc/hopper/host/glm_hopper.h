@@ -31,12 +31,13 @@ struct GlmHopperLayer {
   void* act_quantised;          // [pairs, intermediate_size] FP8
   float* act_scales;            // [pairs]
   const float* topk_weights;    // [pairs]
-  void* partial;                // [slots, pairs, slice] or [pairs, hidden_size] bf16
+  void* partial;                // [slots, pairs of a band, slice] or [pairs, hidden_size] bf16
   void* out;                    // [tokens, hidden_size] bf16
   const int32_t* local_ids;     // the arrays of routing.py
   const int32_t* rows;
   const int32_t* tiles;
   int32_t* counts;
+  const int32_t* band_tiles;    // null where there is one band
   int64_t w13_stride;           // bytes
   int64_t w2_stride;            // bytes
   int32_t tokens_count;
@@ -47,6 +48,7 @@ struct GlmHopperLayer {
   int32_t max_tiles;
   int32_t slice;
   int32_t slots;
+  int32_t band;                 // tokens whose partials exist at once; 0: all
   int32_t multiprocessors;      // most that a persistent grid may take; 0: all of the device's
   int32_t weight_promotion;     // bytes that L2 fetches at once for the weights' maps: 256, else 128
   int32_t programmatic;         // 1: a kernel that allows it may start while the one before it ends

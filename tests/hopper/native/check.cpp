@@ -52,6 +52,7 @@ struct Options {
     std::map<std::string, int> values = {
         {"tokens", 40}, {"hidden", 256},  {"width", 192}, {"experts", 3}, {"top_k", 2},  {"grid", 3}, {"seed", 1},
         {"slice", 256}, {"slots", 2},     {"resident", 0}, {"timing", 2}, {"skew", 0},   {"invalid", 10},
+        {"band", 0},  {"silent", 0},
     };
     int operator[](const char* key) const { return values.at(key); }
 };
@@ -86,15 +87,17 @@ struct Buffer {
 struct Problem {
     const Options& o;
     const Kernel& kernel;
-    int tokens, hidden, width, experts, top_k, pairs, max_tiles;
+    int tokens, hidden, width, experts, top_k, pairs, band, bands, max_tiles;
     std::mt19937 random;
-    Buffer<int> local_ids, rows, tiles, counts;
+    Buffer<int> local_ids, rows, tiles, counts, band_tiles;
     int valid = 0;
 
     Problem(const Options& options, const Kernel& k)
         : o(options), kernel(k), tokens(o["tokens"]), hidden(o["hidden"]), width(o["width"]), experts(o["experts"]),
-          top_k(o["top_k"]), pairs(tokens * top_k), max_tiles(pairs / std::max(k.tile_rows, 1) + std::min(experts, pairs) + 1),
-          random(o["seed"]), local_ids(pairs), rows(pairs), tiles(3 * max_tiles), counts(4 + 256) {
+          top_k(o["top_k"]), pairs(tokens * top_k), band(o["band"] ? std::min(o["band"], tokens) : tokens),
+          bands((tokens + band - 1) / band),
+          max_tiles(pairs / std::max(k.tile_rows, 1) + std::min(experts * bands, pairs) + 1), random(o["seed"]),
+          local_ids(pairs), rows(pairs), tiles(3 * max_tiles), counts(4 + 2048), band_tiles(bands > 1 ? bands : 0) {
         route();
     }
 
@@ -105,24 +108,36 @@ struct Problem {
     }
     float scale() { return std::exp(0.3f * normal()) * 0.05f; }
 
-    // As routing.py: pairs by (expert, pair number); the rest of each list keeps its poison.
+    // As routing.py: pairs by (expert, pair number), tiles band by band; the rest of each list keeps its poison. No pair of the
+    // bands whose bits are set in `silent` is valid; an expert is left out of every band but one where `skew` is 2.
     void route() {
         std::memset(counts.data, 0, counts.count * sizeof(int));
         for (int pair = 0; pair < pairs; ++pair) {
             int expert = static_cast<int>(random() % experts);
-            if (o["skew"]) expert = random() % 4 ? 0 : expert;
-            local_ids[pair] = static_cast<int>(random() % 100) < o["invalid"] ? experts : expert;
+            if (o["skew"] == 1) expert = random() % 4 ? 0 : expert;
+            const int of_band = pair / top_k / band;
+            if (o["skew"] == 2 && expert && expert % bands != of_band) expert = 0;
+            const bool bad = static_cast<int>(random() % 100) < o["invalid"] || (o["silent"] >> of_band & 1);
+            local_ids[pair] = bad ? experts : expert;
         }
-        int tile = 0;
         for (int expert = 0; expert < experts; ++expert) {
-            const int first = valid;
             for (int pair = 0; pair < pairs; ++pair) {
                 if (local_ids[pair] == expert) rows[valid++] = pair;
             }
-            for (int row = first; kernel.tile_rows && row < valid; row += kernel.tile_rows, ++tile) {
+        }
+        int tile = 0;
+        for (int b = 0; b < bands; ++b) {
+            if (bands > 1) band_tiles[b] = tile;
+            auto within = [&](int row, int expert) {
+                return row < valid && local_ids[rows[row]] == expert && rows[row] / top_k / band == b;
+            };
+            for (int first = 0, end; kernel.tile_rows && first < valid; first = end) {
+                const int expert = local_ids[rows[first]];
+                for (end = first + 1; within(first, expert) && within(end, expert) && end - first < kernel.tile_rows;) ++end;
+                if (!within(first, expert)) continue;
                 tiles[tile] = expert;
-                tiles[max_tiles + tile] = row;
-                tiles[2 * max_tiles + tile] = std::min(kernel.tile_rows, valid - row);
+                tiles[max_tiles + tile] = first;
+                tiles[2 * max_tiles + tile++] = end - first;
             }
         }
         counts[0] = valid;
@@ -288,7 +303,7 @@ bool check_gemm2(Problem& p) {
         }
     }
     const int slice = p.o["slice"], slots = p.o["slots"];
-    Buffer<u16> partial(static_cast<size_t>(slots) * p.pairs * slice), out(static_cast<size_t>(p.tokens) * p.hidden);
+    Buffer<u16> partial(static_cast<size_t>(slots) * p.band * p.top_k * slice), out(static_cast<size_t>(p.tokens) * p.hidden);
     const long long k = p.hidden, n = p.width;
     const emulate::MapFields act_fields{act.data, 2, {n, p.pairs}, {0, n}, {128, 128}};
     const emulate::MapFields w2_fields{check.w2.data, 3, {n, k, p.experts}, {0, n, n * k}, {128, 128, 1}};
@@ -298,8 +313,8 @@ bool check_gemm2(Problem& p) {
 #define CALL(entry)                                                                                                              \
     if (name == #entry)                                                                                                          \
     return entry(act_map, w2_map, act_scales.data, check.w2_scales.data, check.topk_weights.data, partial.data,                  \
-                 p.local_ids.data, out.data, p.rows.data, p.tiles.data, p.counts.data, p.counts.data + 3, p.tokens, p.max_tiles, \
-                 p.hidden, p.width, p.experts, p.top_k, slice, slots)
+                 p.local_ids.data, out.data, p.rows.data, p.tiles.data, p.counts.data, p.counts.data + 3, p.band_tiles.data,     \
+                 p.tokens, p.max_tiles, p.hidden, p.width, p.experts, p.top_k, slice, slots, p.o["band"])
 #if CHECK_FILE(GEMM2_PREFILL)
         CALL(glm_gemm2_sum_n128);
         CALL(glm_gemm2_sum_n256);
@@ -310,7 +325,7 @@ bool check_gemm2(Problem& p) {
     std::vector<int> grouped(p.pairs, -1);
     for (int row = 0; row < p.valid; ++row) grouped[p.rows[row]] = row;
     Report report{"out"}, counters{"counters after"};
-    for (int i = 3; i < 260; ++i) counters.compare(p.counts[i], 0, 0, i, 0);
+    for (int i = 3; i < 4 + 2048; ++i) counters.compare(p.counts[i], 0, 0, i, 0);
     for (int token = 0; token < p.tokens; ++token) {
         for (int column = 0; column < p.hidden; ++column) {
             double sum = 0, size = 0;

@@ -23,7 +23,7 @@ from .. import tables
 from ..dispatch import Card, Config, Gemm1, Gemm2
 from ..pipeline import Pass, Tensors
 from ..problem import Problem
-from ..workspace import layout
+from ..workspace import Layout, layout
 from .errors import HopperError
 from .library import loader
 from .native import Family, Kernel, Layer, Native, numbers
@@ -32,14 +32,21 @@ CAPABILITY = (9, 0)
 # Rows an expert gets on average up to which a decode kernel reads its weights once: its tallest tile.
 DECODE_ROWS = 64
 ROW_WIDTH = 192  # intermediate_size of glm_gemm1_row_*, which holds whole rows
+BAND = 2048  # tokens of a band, where there are more
+SUM_TOKENS = 32  # of one sum item of glm_gemm2_sum_*
 DECODE_WIDTH = 1536  # the widest rows that glm_gemm2_decode_* holds
 
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """Kernels by name. `slice`: columns whose partials exist at once, a power of two; `slots`: slices in flight; both for
+    """Kernels by name. `slice` × `band`: columns × tokens whose partials exist at once, a phase; slice is a power of two; band
+    0, or no less than the tokens there are, means all of them; `slots`: phases in flight; the three for
     glm_gemm2_sum_* only. `programmatic`: a kernel that knows how may start while the one before it ends, be
-    that one of the prologue. `weight_promotion`: bytes that L2 fetches at once for weights, 128 or 256."""
+    that one of the prologue. `weight_promotion`: bytes that L2 fetches at once for weights, 128 or 256.
+
+    Raises:
+        ValueError: band is negative or not a multiple of 32.
+    """
 
     gemm1: str
     gemm2: str
@@ -47,6 +54,15 @@ class HopperConfig:
     slots: int = 3
     programmatic: bool = True
     weight_promotion: int = 128
+    band: int = 0
+
+    def __post_init__(self) -> None:
+        """ValueError on what no problem can be served with; what depends on top_k comes with the problem."""
+        if self.band < 0 or self.band % SUM_TOKENS:
+            raise ValueError(
+                f"band {self.band} must be a multiple of {SUM_TOKENS} tokens, or 0 for one band of all: GEMM2's sums take"
+                f" {SUM_TOKENS} tokens at a time"
+            )
 
 
 def why_not(problem: Problem, device: torch.device | str) -> str | None:
@@ -89,8 +105,12 @@ def default_config(problem: Problem) -> HopperConfig:
         rows = next((rows for rows in (8, 16, 32) if 1.5 * density <= rows), DECODE_ROWS)
         return HopperConfig(f"glm_gemm1_decode_t{rows}", f"glm_gemm2_decode_t{rows}")
     kind = "row" if problem.intermediate_size == ROW_WIDTH else "columns"
-    # Two slots of 256 columns: 67 MB of partials at 8192 tokens × 8. More would not stay near L2, nor within the workspace.
-    return HopperConfig(f"glm_gemm1_{kind}_c1", "glm_gemm2_sum_n256", 256, 2)
+    gemm1, gemm2 = f"glm_gemm1_{kind}_c1", "glm_gemm2_sum_n256"
+    if problem.tokens > BAND:
+        # Predicted, not measured: three phases of 8.4 MB (2048 tokens × 8) stay in L2 beside w2's slice and the rows, while
+        # two slots of all of 8192 tokens, 67 MB, did not.
+        return HopperConfig(gemm1, gemm2, 256, 3, band=BAND)
+    return HopperConfig(gemm1, gemm2, 256, 2)
 
 
 def told(entry: Mapping[str, Any]) -> HopperConfig | None:
@@ -130,9 +150,30 @@ def triton_config(config: HopperConfig, native: Native) -> Config:
     )
 
 
+def band_of(config: HopperConfig, shared: Config) -> int:
+    """Tokens of a band, of which the kernels for few tokens know nothing."""
+    return config.band if shared.gemm2.kind == "fused" else 0
+
+
+def layout_of(problem: Problem, config: HopperConfig, shared: Config) -> Layout:
+    """Where each buffer lies in the workspace. shared: triton_config's.
+
+    Raises:
+        HopperError: a band is not a whole number of routing's chunks.
+    """
+    try:
+        return layout(problem, shared, band_of(config, shared))
+    except ValueError as error:
+        raise HopperError(f"HopperConfig(band={config.band}) cannot serve {problem.tokens} tokens: {error}.") from None
+
+
 def workspace_bytes(problem: Problem, config: HopperConfig, native: Native | None = None) -> int:
-    """Bytes of workspace that `run` needs."""
-    return layout(problem, triton_config(config, native or loader().native)).total
+    """Bytes of workspace that `run` needs.
+
+    Raises:
+        HopperError: the configuration is none for this problem.
+    """
+    return layout_of(problem, config, triton_config(config, native or loader().native)).total
 
 
 class HopperPass:
@@ -155,7 +196,7 @@ class HopperPass:
         shared, offsets = _plan(native, problem, config)
         self._native, self._stream = native, stream
         self._device = tensors.hidden.device.index or 0
-        self._pass = Pass(problem, shared, tensors, workspace, multiprocessors)
+        self._pass = Pass(problem, shared, tensors, workspace, multiprocessors, band=band_of(config, shared))
         self._first, self._second = native.by_name[config.gemm1], native.by_name[config.gemm2]
         self._layer = _layer(problem, config, offsets, tensors, workspace, self._pass.max_tiles, multiprocessors)
 
@@ -227,7 +268,7 @@ def _writes_rows(kernel: Kernel) -> bool:
 def _plan(native: Native, problem: Problem, config: HopperConfig) -> tuple[Config, dict[str, tuple[int, int]]]:
     """The shared configuration, and where each buffer lies in the workspace: (bytes from its start, bytes)."""
     shared = triton_config(config, native)
-    return shared, layout(problem, shared).offsets
+    return shared, layout_of(problem, config, shared).offsets
 
 
 def _layer(
@@ -262,6 +303,7 @@ def _layer(
         rows=within("rows"),
         tiles=within("tiles"),
         counts=within("counts"),
+        band_tiles=within("band_tiles"),
         w13_stride=tensors.w13.stride(0),
         w2_stride=tensors.w2.stride(0),
         tokens_count=problem.tokens,
@@ -272,6 +314,8 @@ def _layer(
         max_tiles=max_tiles,
         slice=config.slice,
         slots=config.slots,
+        # One band has no array of first tiles.
+        band=config.band if "band_tiles" in offsets else 0,
         multiprocessors=multiprocessors,
         weight_promotion=config.weight_promotion,
         programmatic=config.programmatic,

@@ -81,6 +81,7 @@ class Layer(C.Structure):
                 "rows",
                 "tiles",
                 "counts",
+                "band_tiles",
             )
         ),
         ("w13_stride", C.c_int64),
@@ -96,6 +97,7 @@ class Layer(C.Structure):
                 "max_tiles",
                 "slice",
                 "slots",
+                "band",
                 "multiprocessors",
                 "weight_promotion",
                 "programmatic",
