@@ -55,7 +55,7 @@ class Case:
         """On one line."""
         sliced = f" slice {self.slice}×{self.slots}" if "_sum_" in self.gemm2 else "" if self.programmatic else " no PDL"
         band = f" band {self.band}" if self.band else ""
-        return f"{self.shape} M={self.tokens} {self.gemm1[4:]} {self.gemm2[4:]}{sliced}{band} {self.routing}"
+        return f"{self.shape} M={self.tokens} {self.gemm1.removeprefix('glm_')} {self.gemm2[4:]}{sliced}{band} {self.routing}"
 
 
 def checks() -> list[Case]:
@@ -69,7 +69,12 @@ def checks() -> list[Case]:
             Case("TP4", 3 * rows, *pair, experts=16, programmatic=False),
         ]
     cases += [Case("EP8", 70, "glm_gemm1_decode_t64", "glm_gemm2_decode_t64")]
+    cases += [Case("TP8", 64, "triton", "glm_gemm2_decode_t8", experts=16)]
     second = ("glm_gemm2_sum_n128", "glm_gemm2_sum_n256")
+    cases += [
+        Case("TP8", 700, "triton", second[0], experts=16, routing="bad"),
+        Case("TP4", 333, "triton", second[1], experts=16),
+    ]
     for first in ("row_c1", "row_c2", "columns_c1", "columns_c2", "exact_c1"):
         for gemm2 in second:
             cases += [
@@ -101,9 +106,10 @@ def timed(shape: str, tokens: int) -> list[Case]:
             if density / 2 <= rows <= max(8 * density, 16):
                 pair = (f"glm_gemm1_decode_t{rows}", f"glm_gemm2_decode_t{rows}")
                 cases += [Case(shape, tokens, *pair), Case(shape, tokens, *pair, programmatic=False)]
+                cases += [Case(shape, tokens, "triton", pair[1])]
     if density >= 16:
         kinds = ("row_c1", "row_c2") if width == 192 else ("columns_c1", "columns_c2")
-        first = [f"glm_gemm1_{kind}" for kind in (*kinds, "exact_c1")]
+        first = [*(f"glm_gemm1_{kind}" for kind in (*kinds, "exact_c1")), "triton"]
         second = [("n256", 256, 2), ("n128", 128, 2), ("n128", 128, 3), ("n128", 256, 2), ("n256", 512, 2), ("n256", 1024, 2)]
         cases += [Case(shape, tokens, name, "glm_gemm2_sum_n256", 256, 2) for name in first]
         cases += [Case(shape, tokens, first[0], f"glm_gemm2_sum_{name}", width_, slots) for name, width_, slots in second[1:]]
@@ -116,6 +122,7 @@ def timed(shape: str, tokens: int) -> list[Case]:
             for name, width_, slots, band in banded
             if band < tokens
         ]
+        cases += [Case(shape, tokens, "triton", "glm_gemm2_sum_n256", 256, 3, band=2048)]
     return cases
 
 

@@ -102,7 +102,7 @@ def check_layer(
     """Run every step once from poisoned buffers and compare each, then the whole against the float64 reference."""
     report = Report()
     problem, device = inputs.problem, inputs.hidden_states.device
-    shared = triton_config(config, native)
+    shared = triton_config(problem, config, native)
     plan = layout_of(problem, config, shared)
     workspace = torch.full((plan.total,), POISON, dtype=torch.uint8, device=device)
     out = torch.full_like(inputs.hidden_states, float("nan"))
@@ -127,7 +127,7 @@ def check_layer(
             elements *= length
         return flat[:elements].view(*shape)
 
-    state = _State(problem, inputs, view, shared.gemm1.block_m, config)
+    state = _State(problem, inputs, view, shared.gemm1.block_m, shared.gemm1.kind == "row", config)
     for name, step in layer.steps():
         step()
         if device.type == "cuda":
@@ -150,6 +150,7 @@ class _State:
     inputs: Inputs
     view: Callable[..., torch.Tensor]
     tile_rows: int
+    whole_rows: bool  # GEMM1 requantises
     config: HopperConfig
 
     def check_prologue(self, report: Report, out: torch.Tensor) -> None:
@@ -182,7 +183,7 @@ class _State:
             gate, up = sums.chunk(2, dim=1)
             want[here] = gate * torch.sigmoid(gate) * up
         largest = want.abs().amax(dim=1, keepdim=True) if len(want) else want
-        if "_row_" in self.config.gemm1:
+        if self.whole_rows:
             codes = self.view("act_quantised", torch.float8_e4m3fn, p.pairs, n)[: len(want)].double()
             scales = self.view("act_scales", torch.float32, p.pairs)[: len(want), None].double()
             self.act = codes * scales

@@ -11,7 +11,8 @@
 #     layer     the layer against vLLM's three backends, SHAPES at COUNTS, by the tables and by BACKENDS (25 s a shape)
 #     profile   Nsight Compute on the kernels named by KERNELS at TOKENS (30 s)
 #     moe       `vllm serve` with vLLM's MoE kernel and the fused one (5 minutes)
-#     fence101  the reported flags under the fence, unpatched, alone on the card (3 minutes)
+#     planted   an over-read whose core dump the driver does not write, named launch by launch (20 s)
+#     fence101  the reported flags under the fence, unpatched, alone on the card, launch by launch (4 minutes)
 #     epilogue  the grouped GEMM with upstream's and the corrected epilogue, scales before an unmapped page; EPILOGUE is the folder
 #               that epilogue/build.sh made (1 minute)
 #     fence26   the same release plain and under the fence, for the overhead (2 minutes)
@@ -36,7 +37,7 @@ step() { # NAME SECONDS COMMAND
     mkdir -p "/tmp/o/$1"
     timeout -k 5 "$2" bash -c "$3" >"/tmp/o/$1/log" 2>&1
     echo "== $1: exit code $? after $((SECONDS - begin)) s"
-    tail -n "${LINES_SHOWN:-30}" "/tmp/o/$1/log" | cut -c1-240
+    tail -n "${LINES_SHOWN:-40}" "/tmp/o/$1/log" | cut -c1-240
     keep
 }
 keep() { [ -n "${OUT:-}" ] && tar -C /tmp/o --exclude='core-*' --exclude='blocks-*' -czf "$OUT/o.tgz" .; }
@@ -50,9 +51,9 @@ await() { # SECONDS NAME...
     done
     keep
 }
-fenced() { # NAME SITE SERVERS FLAGS SECONDS
+fenced() { # NAME SITE SERVERS FLAGS SECONDS [OPTIONS]
     export PYTHONPATH=$2
-    step "$1" "$5" "cd $tree/tests/gpu; python3 fenced_serve.py /tmp/model /tmp/o/$1/fenced.json $3 --stagger 0 --flags '$4'"
+    step "$1" "$5" "cd $tree/tests/gpu; python3 fenced_serve.py /tmp/model /tmp/o/$1/fenced.json $3 --stagger 0 --flags '$4' ${6:-}"
 }
 checks() {
     export PYTHONPATH=$site26
@@ -116,7 +117,17 @@ for what; do
         export PYTHONPATH=$site26
         step moe 480 "python3 $tree/tests/gpu/serve_moe.py /tmp/o/moe/serve_moe.json --model /tmp/model ${MOE_FLAGS:-}"
         ;;
-    fence101) fenced fence101 $site101 "${FENCED:-upstream:VLLM_GLM_PATCH=0}" "$flags" "${SECONDS_FOR_SERVER:-240}" ;;
+    planted)
+        export PYTHONPATH=$site26
+        step planted 90 "cd $tree; python3 -c 'import sys; sys.path.insert(0, \"tests/gpu\"); import fence_checks as f
+open(\"/tmp/planted.py\", \"w\").write(f.NO_DUMP)'
+            cd /tmp; python3 -m vllm_glm_patch fence --launches --stacks --align 512 --directory /tmp/o/planted/fence -- \
+                python3 /tmp/planted.py; echo exit code \$?; dmesg | grep -i xid | tail -3"
+        ;;
+    fence101)
+        fenced fence101 $site101 "${FENCED:-upstream:VLLM_GLM_PATCH=0}" "$flags ${FLAGS:-}" "${SECONDS_FOR_SERVER:-300}" \
+            "${FENCE_OPTIONS:---launches}"
+        ;;
     epilogue)
         step epilogue 240 "python3 $tree/tests/gpu/epilogue/guard_epilogue.py ${EPILOGUE:-/tmp/epilogue} /tmp/o/epilogue/epilogue.json"
         ;;

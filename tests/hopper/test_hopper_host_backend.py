@@ -137,7 +137,7 @@ def test_the_default_rules_fit_the_sizes_they_are_for(native: Native) -> None:
     names = {}
     for tokens in (1, 64, 128, 256, 1024, 8192):
         chosen = default_config(Problem(tokens))
-        assert triton_config(chosen, native)
+        assert triton_config(Problem(tokens), chosen, native)
         names[tokens] = chosen.gemm1
     assert names == {
         1: "glm_gemm1_decode_t8",
@@ -161,7 +161,10 @@ def test_many_tokens_go_by_bands_and_the_workspace_stays_small(native: Native) -
     assert workspace_bytes(Problem(16384, 8192, 1536), default_config(Problem(16384, 8192, 1536)), native) > 0
     # Three slots of 2048 tokens' pairs × 256 columns; the quantised tokens that lie there before need more.
     one = dataclasses.replace(chosen, band=0)
-    sizes = [layout_of(Problem(8192), c, triton_config(c, native)).offsets["tokens_or_partial"][1] for c in (chosen, one)]
+    sizes = [
+        layout_of(Problem(8192), c, triton_config(Problem(8192), c, native)).offsets["tokens_or_partial"][1]
+        for c in (chosen, one)
+    ]
     assert sizes == [8192 * 5120, 3 * 65536 * 256 * 2]
     few = config(*DECODE, band=2048)
     assert workspace_bytes(Problem(4096), few, native) == workspace_bytes(Problem(4096), config(*DECODE), native)
@@ -204,9 +207,11 @@ def test_kernels_that_do_not_go_together_are_refused(native: Native) -> None:
     from vllm_glm_patch.moe.hopper.backend import triton_config
 
     with pytest.raises(HopperError, match="do not go together"):
-        triton_config(config("glm_gemm1_row_c1", "glm_gemm2_decode_t8"), native)
+        triton_config(Problem(8), config("glm_gemm1_row_c1", "glm_gemm2_decode_t8"), native)
     with pytest.raises(HopperError, match="There is no kernel glm_gemm1_row_c9; there are glm_gemm1_row_c1, "):
-        triton_config(config("glm_gemm1_row_c9", "glm_gemm2_sum_n128"), native)
+        triton_config(Problem(8), config("glm_gemm1_row_c9", "glm_gemm2_sum_n128"), native)
+    with pytest.raises(HopperError, match="glm_topk_sum is no GEMM2"):
+        triton_config(Problem(8), config("triton", "glm_topk_sum"), native)
 
 
 def test_it_says_why_it_cannot_serve() -> None:

@@ -26,6 +26,9 @@ _CASES = [
     (17, 384, 3, 6, "glm_gemm1_decode_t16", "glm_gemm2_decode_t16", "bad"),
     (40, 192, 2, 2, "glm_gemm1_decode_t64", "glm_gemm2_decode_t64", "collapsed"),
     (5, 192, 2, 2, "glm_gemm1_decode_t32", "glm_gemm2_decode_t32", "none"),
+    (40, 192, 4, 4, "triton", "glm_gemm2_sum_n256", "bad"),
+    (33, 384, 3, 6, "triton", "glm_gemm2_sum_n128", "spread"),
+    (17, 192, 4, 4, "triton", "glm_gemm2_decode_t16", "spread"),
 ]
 
 
@@ -80,7 +83,7 @@ def results(libraries: tuple[Path, Path]) -> tuple[dict[int, dict[str, Any]], st
 
 
 @pytest.mark.parametrize(
-    "case", range(len(_CASES)), ids=[f"{c[4][4:]}-{c[5][4:]}-{'-'.join(map(str, c[6:8]))}" for c in _CASES]
+    "case", range(len(_CASES)), ids=[f"{c[4].removeprefix('glm_')}-{c[5][4:]}-{'-'.join(map(str, c[6:8]))}" for c in _CASES]
 )
 def test_layer_agrees_with_float64(results: tuple[dict[int, dict[str, Any]], str], case: int) -> None:
     found, otherwise = results

@@ -7,6 +7,7 @@ workspace (workspace.py). One C call launches the rest:
     many tokens, wider                   gemm1_columns · (Triton) requantise · gemm2_sum
     few tokens                           gemm1_decode · gemm2_decode · topk_sum
 
+GEMM1 may also be Triton's, before either of the two ways of GEMM2 (HopperConfig.gemm1 "triton").
 It serves where it is asked for, by the setting or by a tuned table (backends.py): right on an H100, faster only in places.
 """
 
@@ -35,6 +36,7 @@ ROW_WIDTH = 192  # intermediate_size of glm_gemm1_row_*, which holds whole rows
 BAND = 2048  # tokens of a band, where there are more
 SUM_TOKENS = 32  # of one sum item of glm_gemm2_sum_*
 DECODE_WIDTH = 1536  # the widest rows that glm_gemm2_decode_* holds
+TRITON = "triton"  # as HopperConfig.gemm1
 
 
 @dataclass(frozen=True)
@@ -130,13 +132,16 @@ def choose(problem: Problem, card: Card) -> HopperConfig:
 tables.when_changed(choose.cache_clear)
 
 
-def triton_config(config: HopperConfig, native: Native) -> Config:
+def triton_config(problem: Problem, config: HopperConfig, native: Native) -> Config:
     """The Triton configuration with the same tiles and buffers: what the shared prologue and workspace go by.
 
     Raises:
         HopperError: a kernel is unknown, or the two do not fit together.
     """
-    first, second = _kernel(native, config.gemm1), _kernel(native, config.gemm2)
+    second = _kernel(native, config.gemm2)
+    if config.gemm1 == TRITON:
+        return _with_tritons_gemm1(problem, config, second)
+    first = _kernel(native, config.gemm1)
     if (first.family, second.family) == (Family.GEMM1, Family.GEMM2):
         kind = "row" if _writes_rows(first) else "tile"
         gemm2 = Gemm2("fused", second.tile_rows, strip=128, slice=config.slice, slots=config.slots, requantise=True)
@@ -148,6 +153,20 @@ def triton_config(config: HopperConfig, native: Native) -> Config:
         f"{config.gemm1} and {config.gemm2} do not go together: take GEMM1 and GEMM2 either both for few tokens "
         "(…_decode_…) or both for many."
     )
+
+
+def _with_tritons_gemm1(problem: Problem, config: HopperConfig, second: Kernel) -> Config:
+    """The tiles of Triton's GEMM1 are those that were fastest at 64 and 8192 tokens on an H100 (moe/tuned)."""
+    if second.family is Family.GEMM2_DECODE:
+        gemm2 = Gemm2("resident", second.tile_rows, slice=0, requantise=False)
+        stream = Gemm1("stream", second.tile_rows, 64, 256, warps=4, stages=5)
+        return Config(gemm1=stream, gemm2=gemm2, pdl=config.programmatic)
+    if second.family is not Family.GEMM2:
+        raise HopperError(f"{second.name} is no GEMM2.")
+    kind = "row" if problem.intermediate_size == ROW_WIDTH else "tile"
+    gemm2 = Gemm2("fused", second.tile_rows, strip=128, slice=config.slice, slots=config.slots, requantise=True)
+    many = Gemm1(kind, 128, 64, 128, group=1, warps=8, stages=3)  # type: ignore[arg-type]
+    return Config(gemm1=many, gemm2=gemm2, pdl=config.programmatic)
 
 
 def band_of(config: HopperConfig, shared: Config) -> int:
@@ -173,7 +192,7 @@ def workspace_bytes(problem: Problem, config: HopperConfig, native: Native | Non
     Raises:
         HopperError: the configuration is none for this problem.
     """
-    return layout_of(problem, config, triton_config(config, native or loader().native)).total
+    return layout_of(problem, config, triton_config(problem, config, native or loader().native)).total
 
 
 class HopperPass:
@@ -197,7 +216,7 @@ class HopperPass:
         self._native, self._stream = native, stream
         self._device = tensors.hidden.device.index or 0
         self._pass = Pass(problem, shared, tensors, workspace, multiprocessors, band=band_of(config, shared))
-        self._first, self._second = native.by_name[config.gemm1], native.by_name[config.gemm2]
+        self._first, self._second = native.by_name.get(config.gemm1), native.by_name[config.gemm2]  # None: Triton's
         self._layer = _layer(problem, config, offsets, tensors, workspace, self._pass.max_tiles, multiprocessors)
 
     def run(self) -> None:
@@ -207,18 +226,19 @@ class HopperPass:
             HopperError: a launch is refused.
         """
         self._pass.prologue()
-        if self._requantises():
-            self._launch(self._first)
-            self._pass.requantise()
-            self._launch(self._second)
-        else:
+        if self._first is not None and not self._requantises():
             self._launch(self._first, self._second, *self._sums())
+            return
+        self._gemm1()
+        if self._requantises():
+            self._pass.requantise()
+        self._launch(self._second, *self._sums())
 
     def steps(self) -> list[tuple[str, Callable[[], None]]]:
         """(name, launch) of each step, in order; benchmarks time them one by one."""
         steps: list[tuple[str, Callable[[], None]]] = [
             ("prologue", self._pass.prologue),
-            ("gemm1", lambda: self._launch(self._first)),
+            ("gemm1", self._gemm1),
         ]
         if self._requantises():
             steps.append(("requantise", self._pass.requantise))
@@ -227,8 +247,14 @@ class HopperPass:
             steps.append(("sum", lambda: self._launch(*sums)))
         return steps
 
+    def _gemm1(self) -> None:
+        if self._first is None:
+            self._pass.gemm1()
+        else:
+            self._launch(self._first)
+
     def _requantises(self) -> bool:
-        return self._first.family is Family.GEMM1 and not _writes_rows(self._first)
+        return self._second.family is Family.GEMM2 and self._pass.config.gemm1.kind != "row"
 
     def _sums(self) -> list[Kernel]:
         if self._second.family is not Family.GEMM2_DECODE:
@@ -267,7 +293,7 @@ def _writes_rows(kernel: Kernel) -> bool:
 @functools.lru_cache(maxsize=1024)
 def _plan(native: Native, problem: Problem, config: HopperConfig) -> tuple[Config, dict[str, tuple[int, int]]]:
     """The shared configuration, and where each buffer lies in the workspace: (bytes from its start, bytes)."""
-    shared = triton_config(config, native)
+    shared = triton_config(problem, config, native)
     return shared, layout_of(problem, config, shared).offsets
 
 
