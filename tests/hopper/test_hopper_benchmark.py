@@ -32,7 +32,7 @@ def test_cases_name_every_kernel_and_none_other(benchmark: ModuleType) -> None:
         for tokens in (1, 8, 64, 1024, 8192):
             timed = benchmark.timed(shape, tokens)
             assert timed
-            assert {case.gemm1 for case in timed} | {case.gemm2 for case in timed} <= names
+            assert {case.gemm1 for case in timed} | {case.gemm2 for case in timed} <= names | {"triton"}
 
 
 def test_cases_with_bands_are_configurations_and_say_so(benchmark: ModuleType) -> None:
