@@ -18,8 +18,8 @@ from . import dumping
 from .journal import read_journal
 from .launches import launch_records
 from .library import FenceError, library_path
-from .options import Options
-from .report import CORE_PATTERN, FaultReport, core_dumps, faulted, only_in_log, process_of, processes, report_process
+from .options import Options, core_path
+from .report import FaultReport, core_dumps, faulted, only_in_log, process_of, processes, report_process
 from .rerun import search_size
 from .xid import KernelLog
 
@@ -41,7 +41,7 @@ def environment(options: Options, base: Mapping[str, str] = os.environ) -> dict[
     python_path = [str(HOOK), *filter(None, [base.get("PYTHONPATH", "")])]
     result["PYTHONPATH"] = os.pathsep.join(python_path)
     result["CUDA_ENABLE_COREDUMP_ON_EXCEPTION"] = "1"
-    result["CUDA_COREDUMP_FILE"] = str(Path(options.directory) / CORE_PATTERN)
+    result["CUDA_COREDUMP_FILE"] = str(core_path(options.directory, "%p"))
     result.setdefault("CUDA_COREDUMP_GENERATION_FLAGS", _DUMP_FLAGS)
     result.setdefault("CUDA_COREDUMP_SHOW_PROGRESS", "1")  # the driver then says where a dump stops
     return result

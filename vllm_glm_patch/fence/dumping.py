@@ -1,8 +1,8 @@
 """Keeps a faulted process alive until the driver has written its CUDA core dump.
 
-The driver writes it beside the running program, which hears of the fault at once and may end long before (vLLM's engine does:
-its dump of 175 MB broke off after 68 KiB). So the end of a process waits here, and so does a SIGKILL that another process of
-the same command sends it.
+The driver writes it beside the running program, which hears of the fault at once and may end before. So the end of a process
+waits here, and so does a SIGKILL that another process of the same command sends it. For vLLM's engine it was not enough: its
+dump, 175 MB by its own header, stopped at 68 KiB also where the process was kept for 120 s (H100, driver 580.159.04).
 """
 
 from __future__ import annotations
@@ -20,18 +20,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .options import core_path
+
 LIMIT = 120.0
-"""Seconds that a process is kept at most. A dump of a server takes some 5."""
+"""Seconds that a process is kept at most."""
 STILL = 20.0
 """Seconds without growth after which a dump is given up: those that broke off never went on (5 of 5, driver 580.159.04)."""
 _APPEARS = 10.0  # seconds after a fault within which the driver must have begun
 _ELF = b"\x7fELF"
 _state: dict[str, Any] = {}
-
-
-def core_path(directory: Path, pid: int) -> Path:
-    """Where the driver puts the dump of a process: CUDA_COREDUMP_FILE of command.environment()."""
-    return directory / f"core-{pid}.nvcudmp"
 
 
 def complete(core: Path) -> bool:

@@ -124,6 +124,11 @@ def journal_path(directory: str | Path, pid: int | str) -> Path:
     return Path(directory) / f"blocks-{pid}.bin"
 
 
+def core_path(directory: str | Path, pid: int | str) -> Path:
+    """Where the driver puts its core dump; for CUDA_COREDUMP_FILE the process is %p."""
+    return Path(directory) / f"core-{pid}.nvcudmp"
+
+
 def launch_path(directory: str | Path, pid: int | str) -> Path:
     return Path(directory) / f"launch-{pid}.json"
 

@@ -16,12 +16,9 @@ from typing import Any
 from .coredump import CoreDump, read_core_dump
 from .journal import Journal, Place, Row, read_journal
 from .launches import Launch, launch_records, read_launch
-from .options import journal_path, launch_path, stacks_path
+from .options import core_path, journal_path, launch_path, stacks_path
 from .stacks import read_stacks
 from .xid import KernelLog, Xid, of_process
-
-CORE_PATTERN = "core-%p.nvcudmp"  # %p: the driver puts the process id there
-
 
 INSTRUCTION, KERNEL_LOG, REGISTER = "the faulting instruction", "the kernel's log", "a register"
 
@@ -144,7 +141,7 @@ class FaultReport:
 
 def core_dumps(directory: Path) -> list[Path]:
     """The core dumps in a fence's directory, oldest first."""
-    found = directory.glob(CORE_PATTERN.replace("%p", "*"))
+    found = directory.glob(core_path("", "*").name)
     return sorted(found, key=lambda path: path.stat().st_mtime)
 
 
