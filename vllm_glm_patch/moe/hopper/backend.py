@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -139,34 +139,24 @@ def triton_config(problem: Problem, config: HopperConfig, native: Native) -> Con
         HopperError: a kernel is unknown, or the two do not fit together.
     """
     second = _kernel(native, config.gemm2)
-    if config.gemm1 == TRITON:
-        return _with_tritons_gemm1(problem, config, second)
-    first = _kernel(native, config.gemm1)
-    if (first.family, second.family) == (Family.GEMM1, Family.GEMM2):
-        kind = "row" if _writes_rows(first) else "tile"
-        gemm2 = Gemm2("fused", second.tile_rows, strip=128, slice=config.slice, slots=config.slots, requantise=True)
-        return Config(gemm1=Gemm1(kind, first.tile_rows), gemm2=gemm2, pdl=config.programmatic)  # type: ignore[arg-type]
-    if (first.family, second.family) == (Family.GEMM1_DECODE, Family.GEMM2_DECODE):
-        gemm2 = Gemm2("resident", second.tile_rows, slice=0, requantise=False)
-        return Config(gemm1=Gemm1("stream", first.tile_rows), gemm2=gemm2, pdl=config.programmatic)
-    raise HopperError(
-        f"{config.gemm1} and {config.gemm2} do not go together: take GEMM1 and GEMM2 either both for few tokens "
-        "(…_decode_…) or both for many."
-    )
-
-
-def _with_tritons_gemm1(problem: Problem, config: HopperConfig, second: Kernel) -> Config:
-    """The tiles of Triton's GEMM1 are those that were fastest at 64 and 8192 tokens on an H100 (moe/tuned)."""
-    if second.family is Family.GEMM2_DECODE:
-        gemm2 = Gemm2("resident", second.tile_rows, slice=0, requantise=False)
-        stream = Gemm1("stream", second.tile_rows, 64, 256, warps=4, stages=5)
-        return Config(gemm1=stream, gemm2=gemm2, pdl=config.programmatic)
-    if second.family is not Family.GEMM2:
+    first = None if config.gemm1 == TRITON else _kernel(native, config.gemm1)
+    if first is None and second.family not in (Family.GEMM2, Family.GEMM2_DECODE):
         raise HopperError(f"{second.name} is no GEMM2.")
-    kind = "row" if problem.intermediate_size == ROW_WIDTH else "tile"
-    gemm2 = Gemm2("fused", second.tile_rows, strip=128, slice=config.slice, slots=config.slots, requantise=True)
-    many = Gemm1(kind, 128, 64, 128, group=1, warps=8, stages=3)  # type: ignore[arg-type]
-    return Config(gemm1=many, gemm2=gemm2, pdl=config.programmatic)
+    # The tiles of Triton's GEMM1 are those that were fastest at 8192 and 64 tokens on an H100 (moe/tuned).
+    if second.family is Family.GEMM2 and (first is None or first.family is Family.GEMM1):
+        gemm2 = Gemm2("fused", second.tile_rows, strip=128, slice=config.slice, slots=config.slots, requantise=True)
+        whole_rows = problem.intermediate_size == ROW_WIDTH if first is None else _writes_rows(first)
+        kind: Literal["row", "tile"] = "row" if whole_rows else "tile"
+        gemm1 = Gemm1(kind, first.tile_rows) if first else Gemm1(kind, 128, 64, 128, group=1, warps=8, stages=3)
+    elif second.family is Family.GEMM2_DECODE and (first is None or first.family is Family.GEMM1_DECODE):
+        gemm2 = Gemm2("resident", second.tile_rows, slice=0, requantise=False)
+        gemm1 = Gemm1("stream", first.tile_rows) if first else Gemm1("stream", second.tile_rows, 64, 256, warps=4, stages=5)
+    else:
+        raise HopperError(
+            f"{config.gemm1} and {config.gemm2} do not go together: take GEMM1 and GEMM2 either both for few tokens "
+            "(…_decode_…) or both for many."
+        )
+    return Config(gemm1=gemm1, gemm2=gemm2, pdl=config.programmatic)
 
 
 def band_of(config: HopperConfig, shared: Config) -> int:
