@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Much in little time on a card that has nothing but CUDA and PyTorch 2.11: what needs no card to itself runs side by side.
+# The archives are made as ../shared/gpu/bundle_vllm.py and bundle_own_torch.py make them, the wheel by `python -m build`.
 #   session_quick.sh setup WHEEL ARCHIVE  install wheel and vLLM 0.26.0, copy this tree to /tmp/tree with the wheel's native
 #                                         parts, compile vLLM's Python beside (20 s)
 #   session_quick.sh unpack FOLDER        vLLM 0.10.1.1 from its parts in FOLDER into /tmp/site101 (10 s), and compile it
@@ -9,6 +10,7 @@
 #     tune      tables for SHAPES at COUNTS in MINUTES, in /tmp/tuned and used by what follows
 #     steps     every native kernel and configuration at TOKENS, step by step beside Triton's (20 s)
 #     layer     the layer against vLLM's three backends, SHAPES at COUNTS, by the tables and by BACKENDS (25 s a shape)
+#     patches   bad ids, equal bits, cost of the patches (60 s)
 #     profile   Nsight Compute on the kernels named by KERNELS at TOKENS (30 s)
 #     moe       `vllm serve` with vLLM's MoE kernel and the fused one (5 minutes)
 #     planted   an over-read whose core dump the driver does not write, named launch by launch (20 s)
@@ -58,6 +60,7 @@ fenced() { # NAME SITE SERVERS FLAGS SECONDS [OPTIONS]
 checks() {
     export PYTHONPATH=$site26
     background hop "cd $tree; python3 benchmarks/hopper.py --check --out /tmp/o/hop --seconds 150"
+    background load "python3 $tree/tests/gpu/hopper_load.py /tmp/o/load/hopper_load.json"
     for backend in triton hopper; do
         background "check-$backend" "cd /tmp; python3 -m vllm_glm_patch bench kernel --no-time --no-upstream \
             --shapes ${SHAPES:-TP8,TP4,EP8} --backends $backend --minutes 2 --out /tmp/o/check-$backend/check.json"
@@ -68,7 +71,10 @@ case ${1:-} in
 setup)
     mkdir -p $tree
     tar -C "$root" --exclude=./.carry --exclude=./.git -cf - . | tar -C $tree -xf -
-    OUT=/tmp "$here/session_0260.sh" setup "$2" "$3" | tail -2
+    mkdir -p /tmp/ours /tmp/site26
+    python3 -m pip install -q --no-index --no-deps --no-compile --upgrade --target /tmp/ours "$2"
+    xz -dc -T0 "$3" | tar -C /tmp/site26 -x
+    PYTHONPATH=/tmp/ours python3 -m vllm_glm_patch model /tmp/model --preset tp8-rank --layers 4 --format fp8 | tail -3
     python3 -m zipfile -e "$2" /tmp/wheel
     cp -r /tmp/wheel/vllm_glm_patch/moe/hopper/{cubin,*.so} $tree/vllm_glm_patch/moe/hopper/
     background compile "python3 -m compileall -q -j 8 /tmp/site26"
@@ -80,13 +86,13 @@ unpack)
     timeout 60 python3 -m compileall -q -j 12 /tmp/site101 >/dev/null 2>&1
     exit
     ;;
-'') sed -n '2,20p' "$0"; exit 2 ;;
+'') sed -n '2,22p' "$0"; exit 2 ;;
 esac
 for what; do
     case $what in
-    checks) checks; await "${SECONDS_FOR_CHECKS:-150}" hop check-triton check-hopper tests ;;
+    checks) checks; await "${SECONDS_FOR_CHECKS:-150}" hop load check-triton check-hopper tests ;;
     checks-beside) checks ;;
-    await) await "${SECONDS_FOR_CHECKS:-150}" hop check-triton check-hopper tests ;;
+    await) await "${SECONDS_FOR_CHECKS:-150}" hop load check-triton check-hopper tests ;;
     verify26) step verify26 560 "mkdir -p /tmp/o/verify26; OUT=/tmp/o/verify26 $tree/tests/gpu/verify_session.sh /tmp/site26 4" ;;
     verify101) step verify101 560 "mkdir -p /tmp/o/verify101; OUT=/tmp/o/verify101 $tree/tests/gpu/verify_session.sh /tmp/site101 4" ;;
     tune)
@@ -104,6 +110,10 @@ for what; do
         export PYTHONPATH=$site26
         step layer 400 "cd /tmp; python3 -m vllm_glm_patch bench kernel --no-check --shapes ${SHAPES:-TP8} --tokens $counts \
             --backends ${BACKENDS:-auto,hopper} --minutes ${MINUTES:-6} --out /tmp/o/layer/kernel.json"
+        ;;
+    patches)
+        export PYTHONPATH=$site26
+        step patches 90 "python3 $tree/tests/gpu/layer_with_patch.py /tmp/o/patches/layer-0.26.0.json"
         ;;
     profile)
         export PYTHONPATH=$site26
