@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,11 @@ def test_the_environment_carries_options_hook_and_core_dumps(options: Options) -
     assert env["CUDA_COREDUMP_FILE"] == f"{options.directory}/core-%p.nvcudmp"
     assert env["PATH"] == "/bin"
     assert env["CUDA_COREDUMP_SHOW_PROGRESS"] == "1"
+
+
+def test_launches_that_are_waited_for_leave_no_core_dump(options: Options) -> None:
+    env = command.environment(replace(options, launches=True), {})
+    assert env["CUDA_ENABLE_COREDUMP_ON_EXCEPTION"] == "0"
 
 
 def test_what_the_user_says_of_core_dumps_stays(options: Options) -> None:

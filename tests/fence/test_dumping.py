@@ -81,6 +81,18 @@ def test_without_a_fault_nothing_waits(tmp_path: Path) -> None:
     assert time.monotonic() - begin < 1
 
 
+def test_where_no_dump_is_asked_for_a_faulted_process_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dumping, "faulted", lambda: True)
+    begin = time.monotonic()
+    monkeypatch.setenv("CUDA_ENABLE_COREDUMP_ON_EXCEPTION", "0")
+    dumping.hold(tmp_path)
+    assert time.monotonic() - begin < 1
+    monkeypatch.setenv("CUDA_ENABLE_COREDUMP_ON_EXCEPTION", "1")
+    monkeypatch.setattr(dumping, "_APPEARS", 1.5)
+    dumping.hold(tmp_path)
+    assert time.monotonic() - begin > 1.4
+
+
 def test_a_dump_that_is_never_whole_is_waited_for_so_long(tmp_path: Path) -> None:
     core = tmp_path / "core-1.nvcudmp"
     core.write_bytes(header(175_389_142, 1315))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -18,8 +19,12 @@ def test_threads_streams_and_captures_are_clean(sanitizer: str, tmp_path: Path) 
     cupti = compile_cpp(tmp_path / "cupti.so", [NATIVE / "mock_cupti.cpp"], *flags, "-fPIC", "-shared")
     stress = compile_cpp(tmp_path / "stress", [*SOURCES, NATIVE / "stress.cpp"], *flags)
     env = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=1"}
+    # TSan cannot map its shadow at some of the addresses that a kernel draws (3 of 312 starts here), so they are fixed.
+    setarch = shutil.which("setarch")
+    works = setarch and subprocess.run([setarch, "-R", "true"], check=False).returncode == 0
+    fixed = [setarch, "-R"] if setarch and works else []
     done = subprocess.run(
-        [stress, mock, tmp_path / "journal", cupti, tmp_path / "launch"],
+        [*fixed, stress, mock, tmp_path / "journal", cupti, tmp_path / "launch"],
         env=env,
         capture_output=True,
         text=True,

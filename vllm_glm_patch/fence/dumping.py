@@ -82,7 +82,7 @@ def faulted() -> bool:
 def hold(directory: Path, limit: float = LIMIT) -> None:
     """At the end of this process: where it faulted, wait for its dump, deaf to SIGTERM and SIGINT."""
     core = core_path(directory, os.getpid())
-    if not core.exists() and not faulted():
+    if not core.exists() and (os.environ.get("CUDA_ENABLE_COREDUMP_ON_EXCEPTION") == "0" or not faulted()):
         return
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT):
