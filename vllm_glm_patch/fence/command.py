@@ -40,7 +40,7 @@ def environment(options: Options, base: Mapping[str, str] = os.environ) -> dict[
     result = {**base, **options.to_environment()}
     python_path = [str(HOOK), *filter(None, [base.get("PYTHONPATH", "")])]
     result["PYTHONPATH"] = os.pathsep.join(python_path)
-    # Not both: a server that faulted in a launch that was waited for hung where the driver also began a dump (H100, 580.159.04).
+    # Not both: a server that faulted in a launch that was waited for hung where the driver also began a dump (H100).
     result["CUDA_ENABLE_COREDUMP_ON_EXCEPTION"] = "0" if options.launches else "1"
     result["CUDA_COREDUMP_FILE"] = str(core_path(options.directory, "%p"))
     result.setdefault("CUDA_COREDUMP_GENERATION_FLAGS", _DUMP_FLAGS)

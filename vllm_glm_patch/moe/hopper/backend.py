@@ -33,7 +33,7 @@ CAPABILITY = (9, 0)
 # Rows an expert gets on average up to which a decode kernel reads its weights once: its tallest tile.
 DECODE_ROWS = 64
 ROW_WIDTH = 192  # intermediate_size of glm_gemm1_row_*, which holds whole rows
-BAND = 2048  # tokens of a band, where there are more
+NARROW_TOKENS = 2048  # up to which GEMM2 with the sum takes slices of 128 columns
 SUM_TOKENS = 32  # of one sum item of glm_gemm2_sum_*
 DECODE_WIDTH = 1536  # the widest rows that glm_gemm2_decode_* holds
 TRITON = "triton"  # as HopperConfig.gemm1
@@ -107,12 +107,11 @@ def default_config(problem: Problem) -> HopperConfig:
         rows = next((rows for rows in (8, 16, 32) if 1.5 * density <= rows), DECODE_ROWS)
         return HopperConfig(f"glm_gemm1_decode_t{rows}", f"glm_gemm2_decode_t{rows}")
     kind = "row" if problem.intermediate_size == ROW_WIDTH else "columns"
-    gemm1, gemm2 = f"glm_gemm1_{kind}_c1", "glm_gemm2_sum_n256"
-    if problem.tokens > BAND:
-        # Predicted, not measured: three phases of 8.4 MB (2048 tokens × 8) stay in L2 beside w2's slice and the rows, while
-        # two slots of all of 8192 tokens, 67 MB, did not.
-        return HopperConfig(gemm1, gemm2, 256, 3, band=BAND)
-    return HopperConfig(gemm1, gemm2, 256, 2)
+    # As measured at TP8 on an H100 (docs/kernel-notes.md): Triton's GEMM1 of whole rows is faster, and bands are slower.
+    gemm1 = TRITON if kind == "row" else f"glm_gemm1_{kind}_c1"
+    if problem.tokens <= NARROW_TOKENS:
+        return HopperConfig(gemm1, "glm_gemm2_sum_n128", 128, 3)
+    return HopperConfig(gemm1, "glm_gemm2_sum_n256", 256, 2)
 
 
 def told(entry: Mapping[str, Any]) -> HopperConfig | None:
