@@ -1,9 +1,11 @@
 // GEMM2 for few tokens: w2 on wgmma's 64-row side, the tokens of a tile on the other; quantises act as it reads it.
 //
 // Work items are (tile, 128 hidden channels), and a block takes a contiguous, equal share of them, so it quantises the rows
-// of one or two tiles only. One thread fills a ring of weight K steps by TMA and starts before the previous launch has
-// ended; two warpgroups take turns at the items, so that one multiplies while the other writes its bf16 partials
-// [pairs, hidden_size]. Each has a copy of the tile's rows. Where there is no room for two copies, there is one warpgroup.
+// of one or two tiles only. One thread copies weight K steps by TMA and starts before the previous launch has ended; two
+// warpgroups take turns at the items, so that one multiplies while the other writes its bf16 partials
+// [pairs, hidden_size]. Each has a copy of the tile's rows, and half of the stages as a ring of its own: in a common ring it
+// would wait for slots that the other one has yet to go round, and a parity does not tell one round from the next but one.
+// Where there is no room for two copies, there is one warpgroup.
 #include "barrier.cuh"
 #include "epilogue.cuh"
 #include "mma.cuh"
@@ -14,6 +16,21 @@ namespace glm_hopper {
 constexpr int gemm2_decode_k_step = 128;
 constexpr int gemm2_decode_channels = 128;                              // of one item: two tiles of 64
 constexpr int staging_row_bytes = 2 * gemm2_decode_channels + 16;       // padded: rows of 8 tokens fall into different banks
+
+// Position in a ring whose length is known when it runs; see Ring.
+struct OwnRing {
+    int first, length, at = 0;
+    u32 parity = 0;
+
+    GLM_DEVICE OwnRing(int first_slot, int slots) : first(first_slot), length(slots) {}
+    GLM_DEVICE int slot() const { return first + at; }
+    GLM_DEVICE void advance() {
+        if (++at == length) {
+            at = 0;
+            parity ^= 1;
+        }
+    }
+};
 
 struct Gemm2DecodeArguments {
     const u16* act;
@@ -109,18 +126,24 @@ GLM_DEVICE void gemm2_decode(const TensorMap& w2, const Gemm2DecodeArguments& p)
     const i64 items = static_cast<i64>(p.counts[2]) * blocks;
     const int first_item = static_cast<int>(items * block_index() / grid_size());
     const int end_item = static_cast<int>(items * (block_index() + 1) / grid_size());
-    Ring<STAGES> position;
+    const int own_stages = STAGES / consumers;
 
     if (warpgroup == 0) {
         if (thread == 0) {
+            OwnRing position(0, own_stages), other(own_stages, own_stages);
             for (int item = first_item; item < end_item; ++item) {
                 const int expert = p.tiles[item / blocks], channel = item % blocks * gemm2_decode_channels;
                 for (int step = 0; step < steps; ++step) {
-                    const u32 ready = full + 8 * position.slot;
-                    barrier_wait(empty + 8 * position.slot, position.parity ^ 1);
+                    const u32 ready = full + 8 * position.slot();
+                    barrier_wait(empty + 8 * position.slot(), position.parity ^ 1);
                     barrier_expect(ready, stage_bytes);
-                    copy_box(ring + position.slot * stage_bytes, w2, ready, step * gemm2_decode_k_step, channel, expert);
+                    copy_box(ring + position.slot() * stage_bytes, w2, ready, step * gemm2_decode_k_step, channel, expert);
                     position.advance();
+                }
+                if (consumers == 2) {
+                    const OwnRing next = other;
+                    other = position;
+                    position = next;
                 }
             }
         }
@@ -130,11 +153,8 @@ GLM_DEVICE void gemm2_decode(const TensorMap& w2, const Gemm2DecodeArguments& p)
         const int barrier = 1 + consumer;
         wait_for_previous_launch();
         int tile = -1, first_row = 0, size = 0;
-        for (int item = first_item; item < end_item; ++item) {
-            if ((item - first_item) % consumers != consumer) {  // the other's
-                for (int step = 0; step < steps; ++step) position.advance();
-                continue;
-            }
+        OwnRing position(consumer * own_stages, own_stages);
+        for (int item = first_item + consumer; item < end_item; item += consumers) {
             if (item / blocks != tile) {
                 tile = item / blocks;
                 first_row = p.tiles[p.max_tiles + tile];
@@ -171,8 +191,8 @@ GLM_DEVICE void gemm2_decode(const TensorMap& w2, const Gemm2DecodeArguments& p)
             float d[2][TOKENS / 2];
 #pragma unroll 1
             for (int step = 0; step < steps; ++step) {
-                const u32 stage = ring + position.slot * stage_bytes;
-                barrier_wait(full + 8 * position.slot, position.parity);
+                const u32 stage = ring + position.slot() * stage_bytes;
+                barrier_wait(full + 8 * position.slot(), position.parity);
                 mma_fence();
                 const u64 token_rows = descriptor(act + step * act_step_bytes);
 #pragma unroll
@@ -187,7 +207,7 @@ GLM_DEVICE void gemm2_decode(const TensorMap& w2, const Gemm2DecodeArguments& p)
                 mma_wait<0>();
                 mma_settle(d[0]);
                 mma_settle(d[1]);
-                if (lane == 0) barrier_arrive(empty + 8 * position.slot);
+                if (lane == 0) barrier_arrive(empty + 8 * position.slot());
                 position.advance();
             }
 #pragma unroll

@@ -111,6 +111,16 @@ def test_use_of_freed_memory_is_told_apart(fence: Fence) -> None:
     assert place is not None and place.where == "in freed memory"
 
 
+def test_a_block_that_was_run_past_and_freed_since_was_run_past(fence: Fence) -> None:
+    """As of vLLM's engine, whose exception drops the scales before the list of blocks is read."""
+    fence.set(cache_mb=0, align=512)
+    address = fence.malloc(262144, stream=fence.mock.stream(automatic=True))
+    fence.free(address)
+    place, _ = locate(parse(transcript([address + 262144], "LDG.E R5, [R10.64]")), journal_of(fence))
+    assert place is not None and not place.row.live
+    assert (place.where, place.distance) == ("past the end", 0)
+
+
 def test_the_journal_outlives_a_sudden_death(fence: Fence) -> None:
     child = os.fork()
     if child == 0:

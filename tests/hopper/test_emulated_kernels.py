@@ -43,6 +43,8 @@ _CASES = [
     ("glm_gemm2_decode_t8", {"tokens": 9, "top_k": 8}),
     ("glm_gemm2_decode_t16", {"tokens": 33, "width": 384, "hidden": 512}),
     ("glm_gemm2_decode_t32", {"tokens": 40, "skew": 1}),
+    ("glm_gemm2_decode_t32", {"tokens": 40, "width": 768}),
+    ("glm_gemm2_decode_t8", {"tokens": 9, "width": 1536, "hidden": 512}),
     ("glm_gemm2_decode_t64", {"tokens": 70, "width": 1536, "experts": 2}),
     ("glm_topk_sum", {"tokens": 33, "top_k": 11}),
 ]

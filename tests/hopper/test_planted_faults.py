@@ -161,11 +161,11 @@ _FAULTS = [
         "0 * room",
     ),
     (
-        "one warpgroup does not skip the other's stages",
+        "both warpgroups in one ring",
         _DECODE2,
         "glm_gemm2_decode_t16",
-        "for (int step = 0; step < steps; ++step) position.advance();",
-        "",
+        "OwnRing position(consumer * own_stages, own_stages);",
+        "OwnRing position(0, own_stages);",
     ),
 ]
 

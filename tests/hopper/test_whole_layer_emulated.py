@@ -25,6 +25,7 @@ _CASES = [
     (3, 192, 4, 4, "glm_gemm1_decode_t8", "glm_gemm2_decode_t8", "spread"),
     (17, 384, 3, 6, "glm_gemm1_decode_t16", "glm_gemm2_decode_t16", "bad"),
     (40, 192, 2, 2, "glm_gemm1_decode_t64", "glm_gemm2_decode_t64", "collapsed"),
+    (15, 1536, 20, 160, "glm_gemm1_decode_t8", "glm_gemm2_decode_t8", "spread", 0, 8),
     (5, 192, 2, 2, "glm_gemm1_decode_t32", "glm_gemm2_decode_t32", "none"),
     (40, 192, 4, 4, "triton", "glm_gemm2_sum_n256", "bad"),
     (33, 384, 3, 6, "triton", "glm_gemm2_sum_n128", "spread"),

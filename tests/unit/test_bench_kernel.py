@@ -251,6 +251,22 @@ def test_checks_are_kept_and_a_wrong_layer_is_found(file: Path) -> None:
     assert result["findings"][0].startswith("wrong: TP8, 16 tokens, spread routing: error 0.")
 
 
+def test_a_check_that_the_device_failed_in_is_kept_as_bad_and_not_made_again(file: Path) -> None:
+    lab = replace(make_lab(), ours={"auto": lambda problem: replace(ours(problem), make=lambda *_: dying(None, None))})
+    deaths = 0
+    while True:
+        try:
+            result = do(file, lab, checked=True, tokens=[])
+            break
+        except Died:
+            deaths += 1
+            assert deaths < 20
+    assert deaths == len(result["checks"]) == 2 + 12
+    assert not any(found["good"] for found in result["checks"])
+    assert result["findings"][0] == f"ours died in a check, TP8, 16 tokens, spread routing: RuntimeError: {FAULT}"
+    assert schema.read(file)["complete"]
+
+
 def test_each_backend_that_is_asked_for_has_rows_of_its_own(file: Path) -> None:
     lab = replace(
         make_lab(triton=upstream(20.0)), ours={"triton": ours, "hopper": lambda p: replace(ours(p), backend="hopper")}

@@ -69,7 +69,8 @@ class Journal:
         end = row.mapped_end + (0 if self.guard_before else self.granularity)
         if not begin <= address < end:
             return None
-        if not row.live:
+        # Past a freed block's own pages the address says that the block was run past, whenever it was freed.
+        if not row.live and row.mapped_begin <= address < row.mapped_end:
             return Place(address, row, "in freed memory", address - row.address)
         if address >= row.address + row.size:
             return Place(address, row, "past the end", address - row.address - row.size)

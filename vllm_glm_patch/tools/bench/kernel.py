@@ -354,10 +354,19 @@ class Work:
 
     def _check(self, case: Case, routing: str, weights: Weights, seed: int) -> None:
         check_interrupted()
-        found = check_layer(self.lab, case, routing, weights, seed)
+        backend = self.lab.ours[case.asked](problem_of(case.shape, case.tokens)).backend
+        where = f"{case.shape}, {case.tokens} tokens, {routing} routing"
+        try:
+            found = check_layer(self.lab, case, routing, weights, seed)
+        except Died as death:
+            nothing = {"error": None, "error_to_fp8_steps": None, "repeats": False, "good": False}
+            named = {"shape": case.shape, "tokens": case.tokens, "asked": case.asked, "routing": routing}
+            self.result["checks"].append({**named, "backend": backend, **nothing})
+            self._find(f"{death.name} died in a check, {where}: {death.error}")
+            raise
         self.result["checks"].append(found)
         if not found["good"]:
-            self._find(f"wrong: {case.shape}, {case.tokens} tokens, {routing} routing: error {found['error']}")
+            self._find(f"wrong: {where}: error {found['error']}")
         self.save()
 
     def _time(self, case: Case, weights: Weights, seed: int) -> None:
