@@ -4,7 +4,8 @@
     serve_moe.py OUT.json [--model FOLDER] [--flags "..."] [--tables FOLDER] [--serial]    any vLLM on the Python path
 
 Four servers of a 4-layer model of one TP8 rank's shapes, its weights made on the device:
-  upstream, patched                two at a time on one card, KV cache of a fixed size: 20 prompts each, greedy
+  upstream, patched                two at a time on one card, KV cache of a fixed size: 20 prompts each, greedy. --serial: one after
+                                   the other, since vLLM refuses to start where another one frees memory while it profiles
   upstream-memory, patched-memory  one after the other, without --num-gpu-blocks-override: stopped once the size of the
                                    KV cache is in the log
 
@@ -128,7 +129,7 @@ def wait_for_memory(server: Server) -> float:
     """Wait until the log says how large the KV cache is."""
     started = time.time()
     while not re.search(MEMORY["tokens"], server.log.read_text(errors="replace")):
-        if server.process.poll() is not None or time.time() - started > 360:
+        if server.session.exit_code() is not None or time.time() - started > 360:
             raise RuntimeError(f"no size of the KV cache was told; see {server.log}")
         time.sleep(0.5)
     return round(time.time() - started, 1)

@@ -125,7 +125,7 @@ for what; do
         ;;
     moe)
         export PYTHONPATH=$site26
-        step moe 480 "python3 $tree/tests/gpu/serve_moe.py /tmp/o/moe/serve_moe.json --model /tmp/model ${MOE_FLAGS:-}"
+        step moe 480 "python3 $tree/tests/gpu/serve_moe.py /tmp/o/moe/serve_moe.json --model /tmp/model ${MOE_FLAGS:---serial}"
         ;;
     planted)
         export PYTHONPATH=$site26

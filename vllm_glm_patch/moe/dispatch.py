@@ -176,11 +176,15 @@ def choose(problem: Problem, card: Card) -> Config:
 tables.when_changed(choose.cache_clear)
 
 
+PAIRS_WIDTH = 384  # the widest experts whose first two tokens go by pairs
+
+
 def default_config(problem: Problem, card: Card) -> Config:
     """Rules of thumb. `density`: rows an expert gets on average, which decides how tall tiles can be."""
     density = problem.pairs / problem.global_experts
     resident = fits_resident(problem.intermediate_size)
-    if problem.tokens <= 2:
+    # Wider experts and experts of several ranks lose by it: 0.3 – 0.8 of vLLM's speed on an H100 (docs/kernel-notes.md).
+    if problem.tokens <= 2 and problem.intermediate_size <= PAIRS_WIDTH and problem.experts == problem.global_experts:
         wide = power_of_two(problem.intermediate_size)
         return Config(path="pairs", pairs=Pairs(columns2=max(1, min(4, 1024 // wide))))
     if density <= 24:
