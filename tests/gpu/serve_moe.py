@@ -4,8 +4,8 @@
     serve_moe.py OUT.json [--model FOLDER] [--flags "..."] [--tables FOLDER] [--serial]    any vLLM on the Python path
 
 Four servers of a 4-layer model of one TP8 rank's shapes, its weights made on the device:
-  upstream, patched                two at a time on one card, KV cache of a fixed size: 20 prompts each, greedy. --serial: one after
-                                   the other, since vLLM refuses to start where another one frees memory while it profiles
+  upstream, patched                two at a time on one card, KV cache of a fixed size: 20 prompts each, greedy; with --serial
+                                   one by one: vLLM does not start where another program frees memory while it profiles
   upstream-memory, patched-memory  one after the other, without --num-gpu-blocks-override: stopped once the size of the
                                    KV cache is in the log
 
