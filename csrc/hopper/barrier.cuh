@@ -65,6 +65,14 @@ GLM_DEVICE void cluster_barrier() {
 
 namespace glm_hopper {
 
+// To the next of `length` slots; the parity turns with each round.
+GLM_HD void next_slot(int& slot, u32& parity, int length) {
+    if (++slot == length) {
+        slot = 0;
+        parity ^= 1;
+    }
+}
+
 // Position in a ring of STAGES slots, each with a `full` and an `empty` mbarrier of 8 bytes.
 // A slot's users wait for full with `parity`, its filler for empty with `parity ^ 1`.
 template <int STAGES>
@@ -72,12 +80,7 @@ struct Ring {
     int slot = 0;
     u32 parity = 0;
 
-    GLM_HD void advance() {
-        if (++slot == STAGES) {
-            slot = 0;
-            parity ^= 1;
-        }
-    }
+    GLM_HD void advance() { next_slot(slot, parity, STAGES); }
     GLM_HD int previous() const { return slot == 0 ? STAGES - 1 : slot - 1; }
 };
 

@@ -24,12 +24,7 @@ struct OwnRing {
 
     GLM_DEVICE OwnRing(int first_slot, int slots) : first(first_slot), length(slots) {}
     GLM_DEVICE int slot() const { return first + at; }
-    GLM_DEVICE void advance() {
-        if (++at == length) {
-            at = 0;
-            parity ^= 1;
-        }
-    }
+    GLM_DEVICE void advance() { next_slot(at, parity, length); }
 };
 
 struct Gemm2DecodeArguments {

@@ -108,7 +108,7 @@ for what; do
         ;;
     layer)
         export PYTHONPATH=$site26
-        step layer ${SECONDS_FOR_LAYER:-400} "cd /tmp; python3 -m vllm_glm_patch bench kernel --no-check --shapes ${SHAPES:-TP8} --tokens $counts \
+        step layer 400 "cd /tmp; python3 -m vllm_glm_patch bench kernel --no-check --shapes ${SHAPES:-TP8} --tokens $counts \
             --backends ${BACKENDS:-auto,hopper} --minutes ${MINUTES:-6} --out /tmp/o/layer/kernel.json"
         ;;
     patches)

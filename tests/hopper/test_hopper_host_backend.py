@@ -147,6 +147,8 @@ def test_the_default_rules_fit_the_sizes_they_are_for(native: Native) -> None:
         1024: "glm_gemm1_decode_t64",
         8192: "triton",
     }
+    gemm2 = {tokens: default_config(Problem(tokens)).gemm2 for tokens in (2048, 2049)}
+    assert gemm2 == {2048: "glm_gemm2_sum_n128", 2049: "glm_gemm2_sum_n256"}
     assert default_config(Problem(8192, intermediate_size=1536)).gemm1 == "glm_gemm1_columns_c1"
     assert default_config(Problem(1, intermediate_size=3072)).gemm1 == "glm_gemm1_columns_c1"
 

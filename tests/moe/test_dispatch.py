@@ -27,6 +27,12 @@ def test_every_count_gets_a_configuration_that_survives_json(shape, card) -> Non
         assert Config.from_dict(config.to_dict()) == config
 
 
+def test_one_and_two_tokens_go_by_pairs_only_where_experts_are_narrow_and_all_here() -> None:
+    for tokens, paired in ((1, {"TP8", "TP4"}), (2, {"TP8", "TP4"}), (3, set())):
+        paths = {shape: default_config(problem.with_tokens(tokens), H100).path for shape, problem in SHAPES.items()}
+        assert paths == {shape: "pairs" if shape in paired else "grouped" for shape in SHAPES}
+
+
 @pytest.mark.parametrize("card", [H100, H20], ids=["H100", "H20"])
 def test_workspace_at_8192_tokens_tp8_is_at_most_140_mb(card) -> None:
     problem = dataclasses.replace(SHAPES["TP8"], tokens=8192)
