@@ -1,10 +1,12 @@
-"""For all tests: `tools` can be imported, tests that need a card say so, and SIGTERM ends a run as Ctrl-C does."""
+"""For all tests: `tools` can be imported, tests that need a card say so, SIGTERM ends a run as Ctrl-C does, and signals
+are answered alike however the run was started and whatever ran before."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -12,6 +14,8 @@ import pytest
 
 # At the end: an installed vllm_glm_patch, the wheel, goes before the one of this source tree.
 sys.path.append(str(Path(__file__).parent.parent))
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -23,6 +27,20 @@ def pytest_configure(config: pytest.Config) -> None:
         raise KeyboardInterrupt(signal.Signals(number).name)
 
     signal.signal(signal.SIGTERM, interrupt)
+    # A shell has SIGINT ignored in its background jobs, nohup SIGHUP; every program that a test starts would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.fixture(autouse=True)
+def signals_stay_as_they_were() -> Iterator[None]:
+    """A test that leaves a signal ignored makes others fail that have nothing to do with it: it fails itself."""
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    yield
+    changed = {number.name: handler for number, handler in before.items() if signal.getsignal(number) != handler}
+    for name, handler in changed.items():
+        signal.signal(signal.Signals[name], handler)
+    assert not changed, f"this test leaves another handler of {', '.join(changed)} behind"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

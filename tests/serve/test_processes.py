@@ -158,7 +158,6 @@ def test_demonstration_that_is_stopped_leaves_no_process(rooms: Rooms, number: s
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     )
     try:
         log = folder / "server.log"

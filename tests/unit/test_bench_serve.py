@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -148,11 +149,16 @@ def test_warm_ups_do_not_wait_between_requests_and_give_short_answers(bench: Ben
 
 
 def test_what_there_is_no_time_for_is_left_out_on_both_sides_and_told(bench: Bench) -> None:
-    loads = ",".join(map(str, range(1, 21)))
-    assert bench(*QUICK, "--minutes", 0.1, "--concurrency", loads, *FEW, trouble={"seconds": 0.7}).code == 0
-    result = bench.result()
-    measured = {side: [r["concurrency"] for r in result["runs"] if r["side"] == side] for side in ("upstream", "patched")}
-    assert 1 <= len(measured["patched"]) <= len(measured["upstream"]) < 20
+    loads = range(1, 101)
+    for minutes in (0.1, 0.4, 1.6):  # a busy machine needs seconds to start the second server
+        shutil.rmtree(bench.out, ignore_errors=True)
+        wanted = ",".join(map(str, loads))
+        assert bench(*QUICK, "--minutes", minutes, "--concurrency", wanted, *FEW, trouble={"seconds": 0.7}).code == 0
+        result = bench.result()
+        measured = {side: [r["concurrency"] for r in result["runs"] if r["side"] == side] for side in ("upstream", "patched")}
+        if measured["patched"]:
+            break
+    assert 1 <= len(measured["patched"]) <= len(measured["upstream"]) < len(loads)
     assert set(measured["patched"]) <= set(measured["upstream"])
     assert not result["complete"]
     assert result["findings"][0].startswith("upstream, server 1: no time was left for random, concurrency ")
@@ -262,7 +268,6 @@ def test_an_interruption_keeps_what_is_measured_and_ends_the_servers(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     )
     try:
         wait_until(lambda: (bench.out / "serve.json").exists() and bench.result()["runs"])

@@ -215,10 +215,8 @@ def test_a_child_that_dies_before_it_runs_anything_is_told_with_its_last_words()
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_run_keeps_what_it_found_and_leaves_nothing_running(number: signal.Signals, tmp_path: Path) -> None:
     program = f"""
-import json, signal, sys
+import json, sys
 sys.path[:0] = [{str(HERE)!r}]
-signal.signal(signal.SIGINT, signal.default_int_handler)
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from test_verify import run
 result = run(seconds=0.2, limit=300.0)
 json.dump(result.as_dict(), open({str(tmp_path / "out.json")!r}, "w"))

@@ -82,7 +82,7 @@ def faulted() -> bool:
 def hold(directory: Path, limit: float = LIMIT) -> None:
     """At the end of this process: where it faulted, wait for its dump, deaf to SIGTERM and SIGINT."""
     core = core_path(directory, os.getpid())
-    if not core.exists() and (os.environ.get("CUDA_ENABLE_COREDUMP_ON_EXCEPTION") == "0" or not faulted()):
+    if not core.exists() and not faulted():
         return
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -95,8 +95,11 @@ def hold(directory: Path, limit: float = LIMIT) -> None:
 
 
 def install(directory: Path) -> None:
-    """Make the end of this process, and of those it forks, wait; and its SIGKILLs to others wait for their dumps."""
-    if "directory" in _state:
+    """Make the end of this process, and of those it forks, wait; and its SIGKILLs to others wait for their dumps.
+
+    Nothing where no dump is asked for: there is none to wait for.
+    """
+    if "directory" in _state or os.environ.get("CUDA_ENABLE_COREDUMP_ON_EXCEPTION") == "0":
         return
     _state["directory"] = directory
     atexit.register(hold, directory)
