@@ -3,7 +3,10 @@
 # The archives are made as ../shared/gpu/bundle_vllm.py and bundle_own_torch.py make them, the wheel by `python -m build`.
 #   session_quick.sh setup WHEEL ARCHIVE  install wheel and vLLM 0.26.0, copy this tree to /tmp/tree with the wheel's native
 #                                         parts, compile vLLM's Python beside (20 s)
-#   session_quick.sh unpack FOLDER        vLLM 0.10.1.1 from its parts in FOLDER into /tmp/site101 (10 s), and compile it
+#   session_quick.sh unpack FOLDER [SITE] a vLLM with its own PyTorch, from its parts in FOLDER, into SITE, /tmp/site101 (10 s)
+#   session_quick.sh lane CARD STEP...    steps in the background on one card of several; what they say: /tmp/o/lane-CARD/log.
+#                                         Each card has tables of its own, /tmp/tuned-CARD
+#   session_quick.sh wait SECONDS CARD... until those lanes have ended, at most so long; all of it in $OUT/o.tgz
 #   session_quick.sh STEP...              each step's output in /tmp/o/STEP, the end of it here, all of it in $OUT/o.tgz:
 #     checks    native kernels, both backends and pytest's tests of the kernel against float64, side by side (80 s)
 #     verify26, verify101                  `verify`, unpatched and patched (4 minutes; may run beside checks)
@@ -18,6 +21,7 @@
 #     epilogue  the grouped GEMM with upstream's and the corrected epilogue, scales before an unmapped page; EPILOGUE is the folder
 #               that epilogue/build.sh made (1 minute)
 #     fence26   the same release plain and under the fence, for the overhead (2 minutes)
+#     served    each VERSION:SITE of SERVED once it is unpacked: SERVERS, under the fence and alone on the card (75 - 125 s a server)
 # Calls that follow one another at once keep the machine; give it back rather than let it wait. A call sends 63 MB in 4 s, so the
 # ten parts of 0.10.1.1 take 40 s, during which checks can run: start them with `setsid`, as `background` here does.
 set -u
@@ -25,11 +29,11 @@ here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)
 tree=/tmp/tree
 export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_USE_FLASHINFER_SAMPLER=0 CPATH=/usr/local/cuda/include PYTHONUNBUFFERED=1
-export VLLM_GLM_PATCH_TUNED_DIR=/tmp/tuned
+export VLLM_GLM_PATCH_TUNED_DIR=${TUNED:-/tmp/tuned}
 site26=/tmp/ours:/tmp/site26 site101=/tmp/ours:/tmp/site101
 flags="--enable-chunked-prefill --max-num-batched-tokens 8192 --max-model-len 20000"
 counts=${COUNTS:-8192,64,1,1024,256,16,4096,2048,16384,4,128,512}
-mkdir -p /tmp/o /tmp/tuned
+mkdir -p /tmp/o "$VLLM_GLM_PATCH_TUNED_DIR"
 background() { # NAME COMMAND: goes on when this script ends
     mkdir -p "/tmp/o/$1"
     setsid nohup bash -c "$2; echo finished" >"/tmp/o/$1/log" 2>&1 </dev/null &
@@ -81,12 +85,38 @@ setup)
     exit
     ;;
 unpack)
-    mkdir -p /tmp/site101
-    cat "$2"/part* | xz -dc -T0 | tar -C /tmp/site101 -x
-    timeout 60 python3 -m compileall -q -j 12 /tmp/site101 >/dev/null 2>&1
+    site=${3:-/tmp/site101}
+    mkdir -p "$site"
+    cat "$2"/part* | xz -dc -T0 | tar -C "$site" -x
+    # What was left out because the machine's own PyTorch has it.
+    for own in $(python3 -c 'import nvidia; print(*(f"{folder}/*" for folder in nvidia.__path__))'); do
+        [ -d "$site/nvidia/cublas" ] || [ -e "$site/nvidia/$(basename "$own")" ] || ln -s "$own" "$site/nvidia/"
+    done
+    timeout 60 python3 -m compileall -q -j 12 "$site" >/dev/null 2>&1
+    touch "$site/unpacked"
     exit
     ;;
-'') sed -n '2,22p' "$0"; exit 2 ;;
+lane)
+    card=$2
+    shift 2
+    mkdir -p "/tmp/o/lane-$card"
+    rm -f "/tmp/o/lane-$card/ended"
+    CUDA_VISIBLE_DEVICES=$card TUNED=/tmp/tuned-$card OUT='' setsid nohup bash -c '"$@"; touch "$0/ended"' \
+        "/tmp/o/lane-$card" "$tree/tests/gpu/session_quick.sh" "$@" >>"/tmp/o/lane-$card/log" 2>&1 </dev/null &
+    exit
+    ;;
+wait)
+    end=$((SECONDS + $2))
+    shift 2
+    for card; do
+        while [ $SECONDS -lt "$end" ] && [ ! -e "/tmp/o/lane-$card/ended" ]; do sleep 1; done
+        [ -e "/tmp/o/lane-$card/ended" ] && echo "lane $card has ended" || echo "lane $card still runs"
+        tail -n "${LINES_SHOWN:-40}" "/tmp/o/lane-$card/log"
+    done
+    keep
+    exit
+    ;;
+'') sed -n '2,28p' "$0"; exit 2 ;;
 esac
 for what; do
     case $what in
@@ -144,6 +174,16 @@ open(\"/tmp/planted.py\", \"w\").write(f.NO_DUMP)'
     fence26)
         fenced plain26 $site26 plain-patched "$flags --enforce-eager" 120
         fenced fence26 $site26 patched "$flags --enforce-eager" 120
+        ;;
+    served)
+        for one in $SERVED; do
+            site=${one#*:}
+            end=$((SECONDS + 300))
+            while [ ! -e "$site/unpacked" ] && [ $SECONDS -lt $end ]; do sleep 1; done
+            for server in ${SERVERS:-patched:VLLM_GLM_PATCH_MOE=auto}; do
+                fenced "served-${one%%:*}-${server%%:*}" "/tmp/ours:$site" "$server" "$flags --enforce-eager" 240
+            done
+        done
         ;;
     *) echo "no step is called $what" >&2; exit 2 ;;
     esac
