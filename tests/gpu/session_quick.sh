@@ -21,6 +21,8 @@
 #     epilogue  the grouped GEMM with upstream's and the corrected epilogue, scales before an unmapped page; EPILOGUE is the folder
 #               that epilogue/build.sh made (1 minute)
 #     fence26   the same release plain and under the fence, for the overhead (2 minutes)
+#     sanitize  compute-sanitizer over the checks of both backends, PyTorch's caching off: memcheck, and racecheck for the native
+#               kernels (SANITIZE seconds each; a check that has not begun by then is left out)
 #     served    each VERSION:SITE of SERVED once it is unpacked: SERVERS, under the fence and alone on the card (75 - 125 s a server)
 # Calls that follow one another at once keep the machine; give it back rather than let it wait. A call sends 63 MB in 4 s, so the
 # ten parts of 0.10.1.1 take 40 s, during which checks can run: start them with `setsid`, as `background` here does.
@@ -116,7 +118,7 @@ wait)
     keep
     exit
     ;;
-'') sed -n '2,28p' "$0"; exit 2 ;;
+'') sed -n '2,30p' "$0"; exit 2 ;;
 esac
 for what; do
     case $what in
@@ -134,7 +136,7 @@ for what; do
     steps)
         export PYTHONPATH=$site26
         step steps 130 "cd $tree; python3 benchmarks/hopper.py --out /tmp/o/steps --shapes ${SHAPES:-TP8} \
-            --tokens ${TOKENS:-8192,64,1024,1,16,2048} --seconds 120"
+            --tokens ${TOKENS:-8192,64,1024,1,16,2048} --seconds 120 --only '${ONLY:-}'"
         ;;
     layer)
         export PYTHONPATH=$site26
@@ -174,6 +176,18 @@ open(\"/tmp/planted.py\", \"w\").write(f.NO_DUMP)'
     fence26)
         fenced plain26 $site26 plain-patched "$flags --enforce-eager" 120
         fenced fence26 $site26 patched "$flags --enforce-eager" 120
+        ;;
+    sanitize)
+        export PYTHONPATH=$site26 PYTORCH_NO_CUDA_MEMORY_CACHING=1
+        limit=${SANITIZE:-80}
+        for tool in memcheck racecheck; do
+            step "$tool-hopper" $((limit + 60)) "cd $tree; compute-sanitizer --tool $tool --target-processes all --print-limit 20 \
+                python3 benchmarks/hopper.py --check --seconds $limit --only '${ONLY:-M=700}' --out /tmp/o/$tool-hopper"
+        done
+        step memcheck-triton $((limit + 60)) "cd /tmp; compute-sanitizer --tool memcheck --target-processes all --print-limit 20 \
+            python3 -m vllm_glm_patch bench kernel --no-time --no-upstream --shapes TP8,EP8 --tokens 1,64,700,8192 --backends triton \
+            --minutes $(((limit + 59) / 60)) --out /tmp/o/memcheck-triton/check.json"
+        unset PYTORCH_NO_CUDA_MEMORY_CACHING
         ;;
     served)
         for one in $SERVED; do
