@@ -118,7 +118,7 @@ wait)
     keep
     exit
     ;;
-'') sed -n '2,30p' "$0"; exit 2 ;;
+'') sed -n '2,28p' "$0"; exit 2 ;;
 esac
 for what; do
     case $what in
