@@ -89,6 +89,8 @@ struct GlmFenceLaunches {
   const char* libcuda;     // libcuda.so.1
   const char* record;      // file for the launch that faulted, %p is the process id: launch-%p.json
   GlmFenceStackFn stack;   // called once in the thread of that launch; null: none
+  const char* watch;       // file that says whether a process's launches are watched: watch-%p.json; null: none
+  const char* looked;      // for that file: where CUPTI was looked for
 };
 // From the next allocation on, waits for every launch (not for those that a graph captures) and writes down the first that
 // fails, read by fence/launches.py. Never fails: without CUPTI it says so on standard error, once. Null: no longer.

@@ -172,6 +172,20 @@ std::string demangled(const char* symbol) {
   return text;
 }
 
+std::string of_this_process(std::string path) {
+  if (size_t at = path.find("%p"); at != std::string::npos) path.replace(at, 2, std::to_string(getpid()));
+  return path;
+}
+
+// A whole file or none, since its reader may come at any time.
+bool put(const std::string& path, const std::string& text) {
+  std::string beside = path + ".part";
+  FILE* file = fopen(beside.c_str(), "we");
+  bool good = file && fwrite(text.data(), 1, text.size(), file) == text.size();
+  if (file) good = fclose(file) == 0 && good;
+  return good && rename(beside.c_str(), path.c_str()) == 0;
+}
+
 struct Candidate {
   size_t parameter, offset;
   uint64_t value;
@@ -228,6 +242,7 @@ class Watch {
 
   static void called(void* self, int domain, uint32_t id, const void* data) noexcept;
   std::string subscribe();
+  void tell(const std::string& problem);
   void notice(const CallbackData& call);
   void enter();
   void leave(const CallbackData& call);
@@ -238,7 +253,8 @@ class Watch {
   void write(const Record& record);
 
   std::atomic<int> stage_{off};
-  std::string cupti_, libcuda_, path_;
+  std::string cupti_, looked_, libcuda_, path_, watch_path_;
+  bool loaded_ = false;
   GlmFenceStackFn stack_ = nullptr;
 
   void* subscriber_ = nullptr;
@@ -278,8 +294,10 @@ void Watch::want(const GlmFenceLaunches* options) {
   if (!options) return;
   auto text = [](const char* given, const char* otherwise) { return std::string(given && *given ? given : otherwise); };
   cupti_ = text(options->cupti, "libcupti.so.12");
+  looked_ = text(options->looked, "");
   libcuda_ = text(options->libcuda, "libcuda.so.1");
   path_ = text(options->record, "launch-%p.json");
+  watch_path_ = text(options->watch, "");
   stack_ = options->stack;
   stage_ = wanted;
 }
@@ -290,13 +308,24 @@ void Watch::begin() {
   std::string problem = subscribe();
   if (!problem.empty())
     fprintf(stderr, "fence: launches are not watched in process %d: %s\n", int(getpid()), problem.c_str());
+  tell(problem);
+}
+
+// For whoever reports the fault, who must know a launch that was not seen from one that was not watched.
+void Watch::tell(const std::string& problem) {
+  if (watch_path_.empty()) return;
+  std::string text = "{\"pid\": " + std::to_string(getpid()) + ", \"cupti\": " + quoted(cupti_) +
+                     ", \"looked\": " + quoted(looked_) + ", \"loaded\": " + (loaded_ ? "true" : "false") +
+                     ", \"problem\": " + quoted(problem) + "}\n";
+  put(of_this_process(watch_path_), text);
 }
 
 std::string Watch::subscribe() {
+  void* cupti = dlopen(cupti_.c_str(), RTLD_NOW | RTLD_LOCAL);
+  loaded_ = cupti != nullptr;
+  if (!cupti) return std::string("CUPTI cannot be loaded: ") + dlerror();
   void* driver = dlopen(libcuda_.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (!driver) return std::string("the CUDA driver cannot be loaded: ") + dlerror();
-  void* cupti = dlopen(cupti_.c_str(), RTLD_NOW | RTLD_LOCAL);
-  if (!cupti) return std::string("CUPTI cannot be loaded: ") + dlerror();
   std::string missing;
   auto find = [&](auto& member, void* library, const char* name, bool needed = true) {
     member = reinterpret_cast<std::remove_reference_t<decltype(member)>>(dlsym(library, name));
@@ -505,14 +534,8 @@ void Watch::add_candidates(const Launch& launch, Record* record) {
 }
 
 void Watch::write(const Record& record) {
-  std::string path = path_;
-  if (size_t at = path.find("%p"); at != std::string::npos) path.replace(at, 2, std::to_string(getpid()));
-  std::string beside = path + ".part";
-  FILE* file = fopen(beside.c_str(), "we");
-  std::string text = record.json();
-  bool good = file && fwrite(text.data(), 1, text.size(), file) == text.size();
-  if (file) good = fclose(file) == 0 && good;
-  if (!good || rename(beside.c_str(), path.c_str()) != 0)
+  std::string path = of_this_process(path_);
+  if (!put(path, record.json()))
     fprintf(stderr, "fence: %s cannot be written; process %d faulted in %s\n", path.c_str(), int(getpid()),
             record.kernel.empty() ? record.function.c_str() : record.kernel.c_str());
 }

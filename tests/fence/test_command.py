@@ -106,6 +106,60 @@ def test_the_record_of_a_launch_is_a_fault_without_a_core_dump(
     assert "--launches" not in told  # the advice for those who do not know the kernel
 
 
+NO_CUPTI = {
+    "pid": 77, "cupti": "libcupti.so.12", "looked": "/site/libcupti.so.12, /toolkit/libcupti.so.12*", "loaded": False,
+    "problem": "CUPTI cannot be loaded: libcupti.so.12: cannot open shared object file: No such file or directory",
+}  # fmt: skip
+HELD = {**NO_CUPTI, "cupti": "/site/libcupti.so.12", "loaded": True, "problem": "cuptiSubscribe answers 39 (…)"}
+WATCHED = {**HELD, "problem": ""}
+
+
+@pytest.mark.parametrize(
+    ("watch", "expected"),
+    [
+        (NO_CUPTI, ("CUPTI cannot be loaded: libcupti.so.12", "/site/libcupti.so.12, /toolkit/libcupti.so.12*",
+                    "pip install nvidia-cuda-cupti-cu12", "VLLM_GLM_PATCH_FENCE_CUPTI")),
+        (HELD, ("cuptiSubscribe answers 39", "leave out other profilers")),
+        (WATCHED, ("watched through /site/libcupti.so.12, and none was seen to fault", "CUDA_LAUNCH_BLOCKING=1")),
+        (None, ("it allocated nothing under the fence", "not be installed")),
+    ],
+)  # fmt: skip
+def test_where_launches_told_nothing_it_says_what_is_missing_and_not_to_use_launches(
+    watch: dict[str, object] | None,
+    expected: tuple[str, ...],
+    options: Options,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(command, "KernelLog", lambda: FakeLog(77, 1))
+    code = f"open({options.directory!r} + '/blocks-77.bin', 'w')"
+    if watch:
+        code += f"; open({options.directory!r} + '/watch-77.json', 'w').write({json.dumps(watch)!r})"
+    assert command.run(python(code), replace(options, launches=True)) == 1
+    told = capfd.readouterr().err
+    assert "process 77 faulted: MMU fault" in told
+    for part in expected:
+        assert part in told
+    assert "again with --launches" not in told
+    assert command._WITHOUT_DUMP not in told
+    (kept,) = json.loads((Path(options.directory) / "report.json").read_text())
+    assert bool(watch and watch["problem"]) == ("launches were not watched" in kept["problem"])
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_command_that_ends_badly_is_told_that_nothing_was_watched(
+    code: int, options: Options, capfd: pytest.CaptureFixture[str]
+) -> None:
+    Path(options.directory).mkdir()
+    (Path(options.directory) / "watch-5.json").write_text(json.dumps({**HELD, "pid": 5}))  # of an earlier run
+    write = "; ".join(
+        f"open({options.directory!r} + '/watch-{pid}.json', 'w').write({json.dumps({**NO_CUPTI, 'pid': pid})!r})"
+        for pid in (77, 78)
+    )
+    assert command.run(python(f"{write}; raise SystemExit({code})"), replace(options, launches=True)) == code
+    assert capfd.readouterr().err.count("launches were not watched") == code
+
+
 class FakeLog:
     """The kernel's log with one fault; `pid` as the host counts."""
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 
 from vllm_glm_patch.fence import launches as launches_module
 from vllm_glm_patch.fence.journal import read_journal
-from vllm_glm_patch.fence.launches import Launch, find_cupti, launch_records, read_launch
+from vllm_glm_patch.fence.launches import Launch, cupti_places, find_cupti, launch_records, read_launch, watches
 from vllm_glm_patch.fence.library import STACK_FUNCTION
 from vllm_glm_patch.fence.options import Options
 from vllm_glm_patch.fence.stacks import StackRecorder, read_stacks
@@ -43,9 +44,9 @@ class Cupti:
         self.native.mock_cupti_refuse(0)
         self._kept: list[Any] = []
 
-    def watch(self, stack: object = None, cupti: str = "") -> None:
+    def watch(self, stack: object = None, cupti: str = "", looked: str = "") -> None:
         options = Options(directory=str(self.fence.directory), libcuda=self.fence._libcuda)
-        self.fence.watch_launches(options, cupti or str(self.path), stack)
+        self.fence.watch_launches(options, cupti or str(self.path), stack, looked)
         self.fence.malloc(16)  # the first allocation subscribes
 
     def kernel(self, sizes: list[int], kind: int = FUNCTION) -> int:
@@ -326,6 +327,29 @@ def test_without_cupti_the_run_goes_on_and_says_so_once(
     assert said.count("launches are not watched") == 1
     assert told in said
     cupti.native.mock_cupti_refuse(0)
+    watch = watches(fence.directory)[os.getpid()]
+    assert (watch.cupti, watch.loaded) == (cupti_path or str(cupti.path), not cupti_path)
+    assert told in watch.problem and told in watch.missing()
+
+
+def test_where_cupti_was_looked_for_is_kept_for_the_report(fence: Fence, cupti: Cupti) -> None:
+    cupti.watch(cupti="libcupti.so.99", looked='/a/"b", /c')
+    watch = watches(fence.directory)[os.getpid()]
+    assert (watch.pid, watch.cupti, watch.looked, watch.loaded) == (os.getpid(), "libcupti.so.99", '/a/"b", /c', False)
+    assert '(looked for: /a/"b", /c)' in watch.missing()
+    for name, wheel in (("/x/libcupti.so.12", "nvidia-cuda-cupti-cu12"), ("libcupti.so.13", "nvidia-cuda-cupti")):
+        advice = replace(watch, cupti=name).advice()
+        assert f"`pip install {wheel}`" in advice
+        assert "VLLM_GLM_PATCH_FENCE_CUPTI" in advice
+
+
+def test_a_process_whose_launches_are_watched_says_so(fence: Fence, cupti: Cupti) -> None:
+    assert watches(fence.directory) == {}
+    cupti.watch()
+    watch = watches(fence.directory)[os.getpid()]
+    assert (watch.cupti, watch.loaded, watch.problem, watch.missing()) == (str(cupti.path), True, "", "")
+    (fence.directory / "watch-9.json").write_text("{")
+    assert list(watches(fence.directory)) == [os.getpid()]
 
 
 def test_a_library_that_is_no_cupti_is_refused_by_name(fence: Fence, cupti: Cupti, capfd: pytest.CaptureFixture[str]) -> None:
@@ -338,6 +362,9 @@ def test_cupti_is_looked_for_beside_torch_first(tmp_path: Path, monkeypatch: pyt
     toolkit = tmp_path / "toolkit"
     monkeypatch.setattr(launches_module, "TOOLKIT", toolkit)
     assert find_cupti(torch, "12.8") == "libcupti.so.12"
+    places = ", ".join(cupti_places(torch, "12.8"))
+    for place in (tmp_path / "site-packages/nvidia/cuda_cupti/lib/libcupti.so.12", toolkit, "LD_LIBRARY_PATH"):
+        assert str(place) in places
     toolkit.mkdir()
     (toolkit / "libcupti.so.12").touch()
     (toolkit / "libcupti.so.13").touch()

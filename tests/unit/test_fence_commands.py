@@ -108,6 +108,8 @@ def test_a_file_that_is_not_there_is_named() -> None:
 
 def test_the_fence_gets_the_command_and_the_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen: list[Any] = []
+    monkeypatch.setenv("VLLM_GLM_PATCH_FENCE_CUPTI", "/my/libcupti.so.12")
+    monkeypatch.setenv("VLLM_GLM_PATCH_FENCE_LIBRARY", "/my/libglm_fence.so")
     monkeypatch.setattr(fence_command, "run", lambda command, options, rerun: seen.append((command, options, rerun)) or 3)
     arguments = [
         "fence",
@@ -126,6 +128,7 @@ def test_the_fence_gets_the_command_and_the_options(monkeypatch: pytest.MonkeyPa
     ((command, options, rerun),) = seen
     assert command == ["true", "--align", "1"]
     assert (options.align, options.stacks, options.launches, options.directory) == (512, True, True, str(tmp_path))
+    assert (options.cupti, options.library) == ("/my/libcupti.so.12", "/my/libglm_fence.so")
     assert not rerun
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from . import dumping
 from .journal import read_journal
-from .launches import launch_records
+from .launches import Watch, launch_records, watches
 from .library import FenceError, library_path
 from .options import Options, core_path
 from .report import FaultReport, core_dumps, faulted, only_in_log, process_of, processes, report_process
@@ -29,6 +29,10 @@ _WITHOUT_DUMP = (
     "what faulted could not be read from the core dump. Run it again with --launches, which names the kernel without one. A "
     "command that faults by itself can also be searched with --rerun; for a server set CUDA_LAUNCH_BLOCKING=1 and send it the "
     "same requests: the traceback in its log then names the launch."
+)
+_UNFENCED = (
+    "it allocated nothing under the fence, so its launches were not watched. Lines that begin with `fence:` or `vllm-glm-patch "
+    "fence:` above say whether the fence could not be installed in it."
 )
 _SETTLED = 10.0  # seconds without growth: a core dump that is not whole will not become so
 # A core dump with registers, code and kernel parameters, but without the card's memory: megabytes, not 80 GB.
@@ -74,7 +78,9 @@ def run(command: list[str], options: Options | None = None, rerun: bool = False)
         options = replace(options, directory=tempfile.mkdtemp(prefix="glm-fence-"))
     options = replace(options, directory=str(Path(options.directory).resolve()))
     directory = Path(options.directory)
+    before = set(watches(directory))
     code, reports = _run_and_watch(command, environment(options), directory)
+    watched = {pid: watch for pid, watch in watches(directory).items() if pid not in before}
     if reports:
         (directory / "report.json").write_text(json.dumps([one.as_dict() for one in reports], indent=2) + "\n")
         print(f"fence: report, core dumps and lists of blocks are in {directory}", file=sys.stderr)
@@ -83,9 +89,23 @@ def run(command: list[str], options: Options | None = None, rerun: bool = False)
     unread = [one for one in reports if not one.kernel]
     if unread and rerun:
         _find_by_rerun(command, options, unread[0])
-    elif unread:
+    elif unread and not options.launches:
         print("fence: " + _WITHOUT_DUMP, file=sys.stderr)
+    elif unread:
+        _advise({one.pid: watched.get(one.pid) for one in unread})
+    elif code and not reports:  # whatever it ended by, no launch can have been blamed
+        _advise({pid: watch for pid, watch in watched.items() if watch.problem})
     return code or int(bool(reports))
+
+
+def _advise(processes: Mapping[int, Watch | None]) -> None:
+    """The next step for processes of which --launches told nothing; once where it is the same for several."""
+    said = set()
+    for pid, watch in processes.items():
+        text = watch.advice() if watch else _UNFENCED
+        if text not in said:
+            print(f"fence: process {pid}: {text}", file=sys.stderr)
+        said.add(text)
 
 
 def _run_and_watch(command: list[str], env: dict[str, str], directory: Path) -> tuple[int, list[FaultReport]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import accounting, dumping
-from .launches import find_cupti
+from .launches import cupti_places, find_cupti
 from .library import STACK_FUNCTION, FenceError, Library, library_path
 from .options import Options
 from .stacks import StackRecorder
@@ -76,7 +76,8 @@ def install(options: Options) -> Library:
             library.set_stack_function(stack_of_caller)
         if options.launches:
             cupti = options.cupti or find_cupti(torch.__file__, torch.version.cuda)
-            library.watch_launches(options, cupti, stack_of_caller)
+            looked = "" if options.cupti else ", ".join(cupti_places(torch.__file__, torch.version.cuda))
+            library.watch_launches(options, cupti, stack_of_caller, looked)
     torch.cuda.memory.change_current_allocator(wrapper)
     _state.update(library=library, wrapper=wrapper, patched=accounting.install(torch, library))
     _log.info("fence: every CUDA block %ss at an unmapped page, rounded up to %d bytes.", options.guard, options.align)

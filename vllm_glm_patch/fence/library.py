@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar, cast
 
 from ..errors import UserError
-from .options import Options, journal_path, launch_path
+from .options import Options, journal_path, launch_path, watch_path
 
 JOURNAL_SLOTS = 1 << 20
 STACK_FUNCTION = C.CFUNCTYPE(C.c_uint32, C.c_size_t, C.c_int)
@@ -40,6 +40,8 @@ class _Launches(C.Structure):
         ("libcuda", C.c_char_p),
         ("record", C.c_char_p),
         ("stack", C.c_void_p),
+        ("watch", C.c_char_p),
+        ("looked", C.c_char_p),
     ]
 
 
@@ -200,13 +202,15 @@ class Library:
         self._native.glm_fence_set_stack_function(C.cast(function, C.c_void_p) if function else None)  # type: ignore[arg-type]
         self._stack_function = function
 
-    def watch_launches(self, options: Options, cupti: str, stack_function: object = None) -> None:
+    def watch_launches(self, options: Options, cupti: str, stack_function: object = None, looked: str = "") -> None:
         """From the next allocation on, every launch is waited for; the first that faults goes to `options.directory`.
 
         Args:
             options: `directory` and `libcuda` are used.
-            cupti: path or name of CUPTI's library. Where it cannot be used, standard error says so and nothing is watched.
+            cupti: path or name of CUPTI's library. Where it cannot be used, standard error and a file beside the records say
+                so (launches.py: Watch), and nothing is watched.
             stack_function: a STACK_FUNCTION, called in the thread of that launch and kept alive here; None for no stack.
+            looked: for that file, where CUPTI was looked for.
         """
         self._launch_stack_function = stack_function
         native = _Launches(
@@ -214,6 +218,8 @@ class Library:
             libcuda=os.fsencode(options.libcuda),
             record=os.fsencode(launch_path(options.directory, "%p")),
             stack=C.cast(stack_function, C.c_void_p) if stack_function else None,  # type: ignore[arg-type]
+            watch=os.fsencode(watch_path(options.directory, "%p")),
+            looked=looked.encode(),
         )
         self._native.glm_fence_watch_launches(C.byref(native))
 

@@ -133,5 +133,9 @@ def launch_path(directory: str | Path, pid: int | str) -> Path:
     return Path(directory) / f"launch-{pid}.json"
 
 
+def watch_path(directory: str | Path, pid: int | str) -> Path:
+    return Path(directory) / f"watch-{pid}.json"
+
+
 def stacks_path(directory: str | Path, pid: int | str) -> Path:
     return Path(directory) / f"stacks-{pid}.jsonl"

@@ -15,7 +15,7 @@ from typing import Any
 
 from .coredump import CoreDump, read_core_dump
 from .journal import Journal, Place, Row, read_journal
-from .launches import Launch, launch_records, read_launch
+from .launches import Launch, launch_records, read_launch, watches
 from .options import core_path, journal_path, launch_path, stacks_path
 from .stacks import read_stacks
 from .xid import KernelLog, Xid, of_process
@@ -183,6 +183,8 @@ def report_process(directory: Path, pid: int, log: KernelLog | None = None, core
         launch = read_launch(launch_path(directory, pid))
     except (OSError, ValueError) as error:
         problems.append(str(error))
+    if launch is None and (watch := watches(directory).get(pid)) and watch.problem:
+        problems.append(watch.missing())
     journal = None
     try:
         journal = read_journal(journal_path(directory, pid))

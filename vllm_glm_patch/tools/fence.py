@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Optional
@@ -32,13 +33,15 @@ def command(
     """
     from ..fence import Options
     from ..fence import command as fenced
+    from ..fence.options import PREFIX
 
     if shutil.which(arguments[0]) is None:
         raise UserError(f"There is no command {arguments[0]!r} on PATH; give the command to run after two dashes.")
     try:
         options = Options(
             align=align, guard=guard, poison=poison, stacks=stacks, launches=launches, cache_mb=cache_mb,
-            directory=str(directory or ""),
+            directory=str(directory or ""), library=os.environ.get(f"{PREFIX}_LIBRARY", ""),
+            cupti=os.environ.get(f"{PREFIX}_CUPTI", ""),
         )  # fmt: skip
     except ValueError as error:
         raise UserError(f"{error}") from None
