@@ -17,9 +17,10 @@ from command_line import run
 
 from vllm_glm_patch.errors import UserError
 from vllm_glm_patch.moe import backends, generators, tables
+from vllm_glm_patch.moe.hopper.errors import HopperError
 from vllm_glm_patch.moe.problem import Problem
 from vllm_glm_patch.moe.reference import fused_moe
-from vllm_glm_patch.tools.bench import kernel, kernel_card, kernel_run, kernel_upstream, schema
+from vllm_glm_patch.tools.bench import kernel, kernel_card, kernel_failure, kernel_run, kernel_upstream, schema
 from vllm_glm_patch.tools.bench.kernel import Case, Died, Lab, Ours, Work
 from vllm_glm_patch.tools.bench.kernel_card import Roofline
 from vllm_glm_patch.tools.processes import Interrupted
@@ -129,8 +130,9 @@ def test_a_row_has_all_times_the_ratio_to_the_best_and_the_floor(file: Path) -> 
 
 def test_a_backend_that_fails_is_told_and_the_others_are_timed(file: Path) -> None:
     row = do(file, make_lab(cutlass=broken, triton=upstream(20.0)))["rows"][0]
-    assert row["failed"] == {"cutlass": "RuntimeError: needs a larger tile"}
+    assert row["failed"] == {"cutlass": "RuntimeError: needs a larger tile\nand more"}
     assert (row["ours_us"], row["ratio"]) == (10.0, 2.0)
+    assert kernel.line_of(row).endswith("cutlass: RuntimeError: needs a larger tile | and more")
 
 
 def test_without_upstream_there_are_times_and_no_ratio(file: Path) -> None:
@@ -265,6 +267,98 @@ def test_a_check_that_the_device_failed_in_is_kept_as_bad_and_not_made_again(fil
     assert not any(found["good"] for found in result["checks"])
     assert result["findings"][0] == f"ours died in a check, TP8, 16 tokens, spread routing: RuntimeError: {FAULT}"
     assert schema.read(file)["complete"]
+
+
+def failing(error: Exception) -> Lab:
+    """Ours raises, but for 17 tokens."""
+
+    def make(inputs: generators.Inputs, out: torch.Tensor, workspace: torch.Tensor) -> Callable[[], torch.Tensor]:
+        if len(inputs.hidden_states) == 17:
+            return ours(small("TP8", 17)).make(inputs, out, workspace)
+
+        def fail() -> torch.Tensor:
+            raise error
+
+        return takes(1.0, fail)
+
+    return replace(make_lab(triton=upstream(20.0)), ours={"auto": lambda problem: replace(ours(problem), make=make)})
+
+
+class OutOfResources(Exception):
+    """As Triton's: no error of the device."""
+
+
+LONG = "out of resource: shared memory, Required: 245760, Hardware limit: 232448.\n\nReducing block sizes\nthird\nfourth"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OutOfResources(LONG),
+        ValueError(f"a compiler's words\n{FAULT}"),
+        RuntimeError("CUDA error: invalid configuration argument"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        HopperError("glm_gemm1: the driver refuses it: invalid value", code=1),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_exception_that_leaves_the_device_well_is_that_cases_failure_and_the_run_goes_on(
+    file: Path, error: Exception
+) -> None:
+    result = do(file, failing(error), checked=True, tokens=[1, 17])
+    assert result["complete"]
+    bad = [found for found in result["checks"] if not found["good"]]
+    assert len(result["checks"]) == 2 + 12 and len(bad) == 1 + 12
+    assert all(found["failure"] == {"type": type(error).__name__, "message": str(error)} for found in bad)
+    assert [found["tokens"] for found in result["checks"] if "failure" not in found] == [17]
+    first, second = result["rows"]
+    assert (first["ours_us"], first["triton_us"], second["ours_us"]) == (None, 20.0, 10.0)
+    assert first["failed"]["ours"] == f"{type(error).__name__}: {error}"
+    told = [found for found in result["findings"] if found.startswith("ours failed")]
+    assert len(told) == 1 + 12 + 1
+    assert told[0].startswith(f"ours failed in a check, TP8, 16 tokens, spread routing: {type(error).__name__}: ")
+    assert told[-1].startswith("ours failed at 1 tokens of TP8: ")
+    assert all("fourth" not in found and "\n" not in found for found in told)
+
+
+def test_what_cannot_even_be_chosen_is_a_failure_of_its_case(file: Path) -> None:
+    def nobody(problem: Problem) -> Ours:
+        raise HopperError("There is no kernel glm_x")
+
+    result = do(file, replace(make_lab(), ours={"hopper": nobody}), checked=True, tokens=[])
+    assert result["complete"] and len(result["checks"]) == 2 + 12
+    assert {found["backend"] for found in result["checks"]} == {"hopper"}
+    assert result["checks"][0]["failure"] == {"type": "HopperError", "message": "There is no kernel glm_x"}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError(FAULT),
+        RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
+        torch.AcceleratorError("anything"),
+        HopperError("refused", code=719),
+        RuntimeError("CUDA error: something new"),
+    ],
+)
+def test_an_error_that_leaves_the_context_unusable_is_a_failed_device(file: Path, error: Exception) -> None:
+    with pytest.raises(Died):
+        do(file, failing(error), checked=True, tokens=[])
+    (found,) = schema.read(file)["checks"]
+    assert found["failure"]["message"] == str(error)
+    assert schema.read(file)["findings"][0].startswith("ours died in a check, TP8, 16 tokens, spread routing: ")
+
+
+def test_a_device_that_was_lost_meanwhile_is_asked(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(device: Any) -> None:
+        raise RuntimeError(FAULT)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    assert kernel_failure.lost_since(CPU) is None
+    assert str(kernel_failure.lost_since(torch.device("cuda"))) == FAULT
+    monkeypatch.setattr(kernel, "lost_since", lambda device: RuntimeError(FAULT))
+    with pytest.raises(Died, match="OutOfResources"):
+        do(file, failing(OutOfResources(LONG)), checked=True, tokens=[])
 
 
 def test_each_backend_that_is_asked_for_has_rows_of_its_own(file: Path) -> None:

@@ -22,6 +22,7 @@ from ...settings import Settings
 from ..processes import check_interrupted
 from ..vllm_moe import NotInThisVllm
 from .kernel_card import Roofline
+from .kernel_failure import beginning, device_lost, lost_since, whole
 from .kernel_upstream import NAMES, Builder
 
 if TYPE_CHECKING:
@@ -47,7 +48,6 @@ TIMED = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 CHECKED = (1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 511, 513, 1024, 2047, 4096, 8190, 8191, 8192, 8193)
 CHECKED_ROUTINGS = tuple((tokens, routing) for tokens in (3, 65, 777) for routing in ("skewed", "collapsed", "bad", "none"))
 _ERROR, _ERROR_TO_STEPS = 0.06, 0.03  # FP8 steps cost 3 to 4 %; a wrong row, scale or weight far more
-_FATAL = ("illegal memory access", "device-side assert", "unspecified launch failure", "misaligned address")
 
 
 class Timer(Protocol):
@@ -81,10 +81,10 @@ class GraphTimer:
 
 
 class Died(Exception):
-    """The device has failed under one implementation: nothing more can be measured in this process."""
+    """The device has failed under one implementation: nothing more can be measured in this process. `error` is all of it."""
 
     def __init__(self, name: str, error: str) -> None:
-        super().__init__(f"{name}: {error}")
+        super().__init__(f"{name}: {beginning(error)}")
         self.name, self.error = name, error
 
 
@@ -136,16 +136,17 @@ def inputs_for(problem: Problem, l2_bytes: int) -> int:
 
 
 def take_turns(
-    calls: Mapping[str, Sequence[Callable[[], object]]], timer: Timer, rounds: int, replays: int
+    calls: Mapping[str, Sequence[Callable[[], object]]], timer: Timer, rounds: int, replays: int, device: Any = None
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Time implementations against each other.
 
     Args:
         calls: for each, its calls on all inputs.
         rounds: turns of each; replays: repetitions a turn.
+        device: asked after a failure whether it still answers.
 
     Returns:
-        Microseconds of one call, a median for each round; and what failed, with its error.
+        Microseconds of one call, a median for each round; and what failed, with its whole error.
 
     Raises:
         Died: the device failed.
@@ -155,7 +156,7 @@ def take_turns(
         try:
             prepared[name] = timer.prepare(some)
         except Exception as error:
-            failed[name] = _survivable(name, error)
+            failed[name] = _survivable(name, error, device)
     times: dict[str, list[float]] = {name: [] for name in prepared}
     for turn in range(rounds):
         names = list(prepared)[::-1] if turn % 2 else list(prepared)
@@ -164,7 +165,7 @@ def take_turns(
             try:
                 times[name].append(statistics.median(timer.repeat(prepared[name], replays)) / len(calls[name]))
             except Exception as error:
-                failed[name] = _survivable(name, error)
+                failed[name] = _survivable(name, error, device)
                 prepared.pop(name)
     return {name: found for name, found in times.items() if name not in failed}, failed
 
@@ -215,17 +216,17 @@ def time_layer(lab: Lab, case: Case, weights: Weights, seed: int, without: Mappi
         except NotInThisVllm as error:
             failed[name] = f"not in this vLLM: {error}"
         except Exception as error:
-            failed[name] = _survivable(name, error)
+            failed[name] = _survivable(name, error, lab.device)
     exact = fused_moe(*sets[0].positional(), expert_map=sets[0].expert_map, quantised=False)
     errors = {}
     for name in list(calls):
         try:
             errors[name] = float(relative_error(calls[name][0](), exact))
         except Exception as error:
-            failed[name] = _survivable(name, error)
+            failed[name] = _survivable(name, error, lab.device)
             del calls[name]
     del exact
-    times, more = take_turns(calls, lab.timer, lab.rounds, lab.replays)
+    times, more = take_turns(calls, lab.timer, lab.rounds, lab.replays, lab.device)
     failed |= more
     weights_mb = count * problem.active_experts() * problem.expert_bytes / 1e6
     row = row_of(case, times, errors, lab.roofline.floor(problem))
@@ -273,7 +274,7 @@ def check_layer(lab: Lab, case: Case, routing: str, weights: Weights, seed: int)
     """One call under poisoned output and workspace, twice; its error against float64 with and without FP8 steps.
 
     Raises:
-        Died: the device failed.
+        Exception: whatever the layer raised.
     """
     import torch
 
@@ -286,19 +287,16 @@ def check_layer(lab: Lab, case: Case, routing: str, weights: Weights, seed: int)
     read_problem(*inputs.positional(), inputs.expert_map)
     ours = lab.ours[case.asked](problem)
     outs = []
-    try:
-        for poison in (0xFF, 0x7F):
-            out = torch.full_like(inputs.hidden_states, float("nan"))
-            workspace = torch.full((ours.workspace_bytes,), poison, dtype=torch.uint8, device=lab.device)
-            outs.append(ours.make(inputs, out, workspace)())
-        exact = fused_moe(*inputs.positional(), expert_map=inputs.expert_map, quantised=False)
-        steps = fused_moe(*inputs.positional(), expert_map=inputs.expert_map, quantised=True)
-        error, to_steps = float(relative_error(outs[0], exact)), float(relative_error(outs[0], steps))
-        same = bool(torch.equal(outs[0].view(torch.int16), outs[1].view(torch.int16)))
-        if not bool(exact.any()):  # no id named an expert
-            error = to_steps = 0.0 if not bool(outs[0].any()) else math.inf
-    except Exception as failure:
-        raise Died(OURS, _survivable(OURS, failure)) from failure
+    for poison in (0xFF, 0x7F):
+        out = torch.full_like(inputs.hidden_states, float("nan"))
+        workspace = torch.full((ours.workspace_bytes,), poison, dtype=torch.uint8, device=lab.device)
+        outs.append(ours.make(inputs, out, workspace)())
+    exact = fused_moe(*inputs.positional(), expert_map=inputs.expert_map, quantised=False)
+    steps = fused_moe(*inputs.positional(), expert_map=inputs.expert_map, quantised=True)
+    error, to_steps = float(relative_error(outs[0], exact)), float(relative_error(outs[0], steps))
+    same = bool(torch.equal(outs[0].view(torch.int16), outs[1].view(torch.int16)))
+    if not bool(exact.any()):  # no id named an expert
+        error = to_steps = 0.0 if not bool(outs[0].any()) else math.inf
     return {
         "shape": case.shape,
         "tokens": case.tokens,
@@ -354,16 +352,20 @@ class Work:
 
     def _check(self, case: Case, routing: str, weights: Weights, seed: int) -> None:
         check_interrupted()
-        backend = self.lab.ours[case.asked](problem_of(case.shape, case.tokens)).backend
+        backend = self._backend(case)  # now: a failed device answers nothing
         where = f"{case.shape}, {case.tokens} tokens, {routing} routing"
         try:
             found = check_layer(self.lab, case, routing, weights, seed)
-        except Died as death:
+        except Exception as error:
+            lost = error if device_lost(error) else lost_since(self.lab.device)
             nothing = {"error": None, "error_to_fp8_steps": None, "repeats": False, "good": False}
             named = {"shape": case.shape, "tokens": case.tokens, "asked": case.asked, "routing": routing}
-            self.result["checks"].append({**named, "backend": backend, **nothing})
-            self._find(f"{death.name} died in a check, {where}: {death.error}")
-            raise
+            failure = {"type": type(error).__name__, "message": str(error).strip()}
+            self.result["checks"].append({**named, "backend": backend, **nothing, "failure": failure})
+            self._find(f"{OURS} {'died' if lost else 'failed'} in a check, {where}: {beginning(whole(error))}")
+            if lost:
+                raise Died(OURS, whole(error)) from error
+            return
         self.result["checks"].append(found)
         if not found["good"]:
             self._find(f"wrong: {where}: error {found['error']}")
@@ -374,7 +376,7 @@ class Work:
         before = self._row(case)
         without = before["failed"] if before else {}
         problem = problem_of(case.shape, case.tokens)
-        backend = self.lab.ours[case.asked](problem).backend  # now: a failed device answers nothing
+        backend = self._backend(case)  # now: a failed device answers nothing
         try:
             row = time_layer(self.lab, case, weights, seed, without)
         except Died as death:
@@ -390,11 +392,20 @@ class Work:
                 "failed": {**without, death.name: death.error},
             }
             self._put(row, before)
-            self._find(f"{death.name} died at {case.tokens} tokens of {case.shape}: {death.error}")
+            self._find(f"{death.name} died at {case.tokens} tokens of {case.shape}: {beginning(death.error)}")
             raise
         self._put(row, before)
+        if OURS in row["failed"] and OURS not in without:
+            self._find(f"{OURS} failed at {case.tokens} tokens of {case.shape}: {beginning(row['failed'][OURS])}")
         self.say(line_of(row))
         self.save()
+
+    def _backend(self, case: Case) -> str:
+        """Who serves a case; what was asked for where that cannot even be chosen, which the case then fails with."""
+        try:
+            return self.lab.ours[case.asked](problem_of(case.shape, case.tokens)).backend
+        except Exception:
+            return case.asked
 
     def _put(self, row: dict[str, Any], before: Optional[dict[str, Any]]) -> None:
         rows = self.result["rows"]
@@ -433,7 +444,7 @@ def line_of(row: Mapping[str, Any]) -> str:
     """A row for people, on one line."""
     times = [f"{name} {row[f'{name}_us']:.1f}" for name in (OURS, *NAMES) if row[f"{name}_us"] is not None]
     ratio = f", ratio {row['ratio']:.2f}" if row["ratio"] is not None else ""
-    failed = "".join(f"; {name}: {why[:80]}" for name, why in row["failed"].items())
+    failed = "".join(f"; {name}: {beginning(why)[:80]}" for name, why in row["failed"].items())
     where = f"{row['shape']} {row['tokens']} tokens, {row['backend']}"
     return f"{where}, µs: {', '.join(times)}, floor {row['floor_us']:.1f}{ratio}{failed}"
 
@@ -491,16 +502,15 @@ def _generator(device: Any, seed: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(seed)
 
 
-def _survivable(name: str, error: Exception) -> str:
-    """What went wrong, on one line.
+def _survivable(name: str, error: Exception, device: Any) -> str:
+    """What went wrong, all of it.
 
     Raises:
         Died: the device failed with it.
     """
-    text = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
-    if any(sign in str(error) for sign in _FATAL):
-        raise Died(name, text) from error
-    return text
+    if device_lost(error) or lost_since(device):
+        raise Died(name, whole(error)) from error
+    return whole(error)
 
 
 def _finite(value: Optional[float]) -> Optional[float]:

@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 from . import html, plots_kernel
+from .kernel_failure import beginning
 from .kernel_upstream import NAMES
 
 EXPLANATION = (
@@ -79,7 +80,7 @@ def _missing(result: dict[str, Any]) -> str:
     counts: dict[str, list[str]] = {}
     for row in result["rows"]:
         for name, why in row["failed"].items():
-            counts.setdefault(f"{name}: {why}", []).append(f"{row['shape']} {row['tokens']}")
+            counts.setdefault(f"{name}: {beginning(why)}", []).append(f"{row['shape']} {row['tokens']}")
     return "".join(html.note(f"{text} ({', '.join(where)})") for text, where in counts.items())
 
 

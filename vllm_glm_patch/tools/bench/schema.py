@@ -27,6 +27,10 @@ def _table(**properties: Any) -> dict[str, Any]:
     return {"type": "object", "required": list(properties), "properties": properties, "additionalProperties": False}
 
 
+def _with_optional(table: dict[str, Any], **properties: Any) -> dict[str, Any]:
+    return {**table, "properties": {**table["properties"], **properties}}
+
+
 def _list(of: dict[str, Any]) -> dict[str, Any]:
     return {"type": "array", "items": of}
 
@@ -116,16 +120,19 @@ _KERNEL = _table(
     ),
     roofline=_table(copy_tb_s={"type": "number"}, read_tb_s={"type": "number"}, fp8_tf_s={"type": "number"}),
     checks=_list(
-        _table(
-            shape=_TEXT,
-            tokens=_WHOLE,
-            asked=_TEXT,
-            routing=_TEXT,
-            backend=_TEXT,
-            error=_NUMBER,
-            error_to_fp8_steps=_NUMBER,
-            repeats=_FLAG,
-            good=_FLAG,
+        _with_optional(
+            _table(
+                shape=_TEXT,
+                tokens=_WHOLE,
+                asked=_TEXT,
+                routing=_TEXT,
+                backend=_TEXT,
+                error=_NUMBER,
+                error_to_fp8_steps=_NUMBER,
+                repeats=_FLAG,
+                good=_FLAG,
+            ),
+            failure=_table(type=_TEXT, message=_TEXT),
         )
     ),
     rows=_list(
