@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import multiprocessing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -256,3 +257,23 @@ def test_a_table_with_a_native_configuration_that_does_not_exist_is_left_out(tmp
     bad = table(H100, {64: {"backend": "hopper", "gemm1": "a", "gemm2": "b", "tiles": 3}})
     with pytest.raises(ValueError, match=r"64 tokens.*tiles"):
         tables.check(bad)
+
+
+def test_a_band_that_does_not_fit_top_k_is_refused_with_the_table(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def banded(band: int, top_k: int) -> dict[str, Any]:
+        entry = {"backend": "hopper", "gemm1": "triton", "gemm2": "glm_gemm2_sum_n256", "band": band}
+        return table(H100, {8192: entry}, replace(TP8, top_k=top_k))
+
+    for band, top_k in ((0, 8), (2048, 8), (128, 8), (512, 2), (1024, 3)):
+        tables.check(banded(band, top_k))
+    bad = r"shape '.*top_k=8', 8192 tokens: a band of 96 tokens with top_k 8 .* multiple of 128 tokens, or 0 for one band"
+    with pytest.raises(ValueError, match=bad):
+        tables.check(banded(96, 8))
+    with pytest.raises(ValueError, match=r"a band of 128 tokens with top_k 2 .* multiple of 512"):
+        tables.check(banded(128, 2))
+    user(tmp_path, banded(96, 8))
+    assert (
+        tables.entry(TP8.with_tokens(8192), H100)
+        == tables.read(tables.file_of(H100.name, tables.SHIPPED))["shapes"][TP8.shape_key]["8192"]
+    )
+    assert "0.json is left out" in caplog.text

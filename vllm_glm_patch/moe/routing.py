@@ -44,6 +44,20 @@ def max_tiles(pairs: int, experts: int, block_m: int, bands: int = 1) -> int:
     return pairs // block_m + min(experts * bands, pairs)
 
 
+def check_band(band: int, top_k: int) -> None:
+    """Whether tokens can be routed by bands of `band`; 0 is one band of all.
+
+    Raises:
+        ValueError: a band is not a whole number of chunks.
+    """
+    if band < 0 or band * top_k % CHUNK:
+        step = CHUNK // math.gcd(CHUNK, top_k)
+        raise ValueError(
+            f"a band of {band} tokens with top_k {top_k} is not a whole number of chunks of {CHUNK} pairs, by which routing"
+            f" counts; choose a multiple of {step} tokens, or 0 for one band"
+        )
+
+
 def bands_of(tokens: int, top_k: int, band: int) -> int:
     """Number of bands of `band` tokens, the last of which may be shorter; 1 where band is 0, and up to SMALL_PAIRS pairs.
 
@@ -52,12 +66,7 @@ def bands_of(tokens: int, top_k: int, band: int) -> int:
     """
     if band == 0 or band >= tokens or tokens * top_k <= SMALL_PAIRS:
         return 1
-    if band < 0 or band * top_k % CHUNK:
-        step = CHUNK // math.gcd(CHUNK, top_k)
-        raise ValueError(
-            f"a band of {band} tokens with top_k {top_k} is not a whole number of chunks of {CHUNK} pairs, by which routing"
-            f" counts; choose a multiple of {step} tokens, or 0 for one band"
-        )
+    check_band(band, top_k)
     return -(-tokens // band)
 
 

@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -122,10 +123,19 @@ def check(table: Any) -> None:
                     Config.from_dict(entry)
                 elif backend == "hopper":
                     from .hopper.backend import told
+                    from .routing import check_band
 
-                    told(entry)
+                    config, top_k = told(entry), _top_k(shape)
+                    if config is not None and top_k is not None:
+                        check_band(config.band, top_k)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{where}: {error}") from error
+
+
+def _top_k(shape: str) -> int | None:
+    """`top_k` of a shape key; None where it has none, and so is no problem's."""
+    found = re.search(r"(?:^|,)top_k=([1-9]\d*)$", shape)
+    return int(found.group(1)) if found else None
 
 
 def entry(problem: Problem, card: Card) -> dict[str, Any] | None:
