@@ -24,6 +24,7 @@ H20 = Card("NVIDIA H20", 78, 232448, (9, 0))
 UNKNOWN = Card("NVIDIA H7", 114, 232448, (9, 0))
 AMPERE = Card("NVIDIA A100", 108, 166912, (8, 0))
 TP8 = GLM_SHAPES["TP8"]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -277,3 +278,15 @@ def test_a_band_that_does_not_fit_top_k_is_refused_with_the_table(tmp_path: Path
         == tables.read(tables.file_of(H100.name, tables.SHIPPED))["shapes"][TP8.shape_key]["8192"]
     )
     assert "0.json is left out" in caplog.text
+
+
+def test_each_table_says_that_its_entries_freeze_what_they_were_made_from(tmp_path: Path) -> None:
+    assert "rules of thumb" in tables.NOTE and "tune --from" in tables.NOTE
+    tune = (ROOT / "docs/usage.md").read_text().split("### tune\n")[1].split("\n### ")[0]
+    assert "An entry freezes what it was made from" in tune
+    for shipped in tables.SHIPPED.glob("*.json"):
+        assert json.loads(shipped.read_text())["note"] == tables.NOTE, f"{shipped} is not as tables.write makes it"
+    path = tmp_path / "a.json"
+    tables.write(path, {**table(H100, {64: marked(3)}), "note": "an older release's words"})
+    assert next(iter(json.loads(path.read_text()).items())) == ("note", tables.NOTE)
+    assert tables.read(path)["shapes"] == table(H100, {64: marked(3)})["shapes"]

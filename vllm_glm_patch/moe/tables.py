@@ -1,10 +1,10 @@
 """Tuned tables: where they lie, which one speaks for a card, and its entry for a problem.
 
-A table is a JSON file, made by `tune.py`: {"card", "multiprocessors", "capability", "torch", "triton", "shapes": {shape key:
-{token count: entry}}}. An entry is a configuration of the Triton kernels (dispatch.Config). With the key "backend" it
+A table is a JSON file, made by `tune.py`: {"note", "card", "multiprocessors", "capability", "torch", "triton", "shapes": {shape
+key: {token count: entry}}}. An entry is a configuration of the Triton kernels (dispatch.Config). With the key "backend" it
 names who serves these counts instead: another backend of backends.py, with that one's configuration beside it, or
 "upstream" where the caller's own kernel is faster. Tables of the user's folder go before those of the package, shape by
-shape.
+shape. `NOTE` says what an entry freezes.
 """
 
 from __future__ import annotations
@@ -29,6 +29,12 @@ SHIPPED = Path(__file__).parent / "tuned"
 # How far an entry of a table reaches, as a ratio of token counts: rows an expert, and with them the best tile, change by
 # as much.
 REACH = 2.0
+NOTE = (
+    "Entries freeze what was fastest when they were measured, also where that was what the rules of thumb chose then: a rule "
+    "that gets better later does not reach the counts of this table. `vllm-glm-patch bench kernel` runs what the table says; "
+    "so remove the entries first, run it, and enter its result with `vllm-glm-patch tune --from kernel.json`, or tune anew."
+)
+"""Stands in each table, as its first key."""
 _logger = logging.getLogger("vllm_glm_patch")
 _user_folder: Path | None = None
 _dependents: list[Callable[[], None]] = []
@@ -87,11 +93,12 @@ def read(path: Path) -> dict[str, Any]:
 def write(path: Path, table: dict[str, Any]) -> None:
     """Put a table in place at once, counts in order: whoever reads it meanwhile sees the old one or the new one, whole."""
     shapes = {key: dict(sorted(counts.items(), key=lambda item: int(item[0]))) for key, counts in table["shapes"].items()}
+    whole = {"note": NOTE, **{key: value for key, value in table.items() if key != "note"}, "shapes": shapes}
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(json.dumps({**table, "shapes": shapes}, indent=1) + "\n")
+            file.write(json.dumps(whole, indent=1) + "\n")
             file.flush()
             os.fsync(file.fileno())
         Path(name).chmod(0o644)
