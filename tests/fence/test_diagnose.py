@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,8 @@ def test_the_reported_crash_is_recognised_though_the_log_cannot_name_the_kernel(
     assert (match.certain, match.unseen) == (False, ("kernel",))
     assert answer.evidence.version == "0.10.1.1"
     assert answer.evidence.tokens == (8192,)
-    assert "may match (not in this file: kernel): scale-overread. No slack" in answer.text()
+    assert match.grade == "possible"
+    assert "possible (not in this file: kernel): scale-overread. No slack lies behind the scales.\n" in answer.text()
 
 
 def test_a_token_count_that_leaves_slack_speaks_against_it(tmp_path: Path) -> None:
@@ -49,8 +51,30 @@ def test_a_token_count_that_leaves_slack_speaks_against_it(tmp_path: Path) -> No
 
 def test_a_kernel_named_in_the_log_makes_it_certain(tmp_path: Path) -> None:
     line = "[00:40:46.6] coredump:   #0\t0x7462c3bac620\t_ZN7cutlass13GemmUniversalINS_17GroupProblemShapeE"
-    (match,) = diagnose(log(tmp_path, kernel=line), [OVER_READ]).matches
-    assert match.certain
+    answer = diagnose(log(tmp_path, kernel=line), [replace(OVER_READ, settle="the kernel")])
+    (match,) = answer.matches
+    assert (match.certain, match.grade) == (True, "match")
+    assert "matches: scale-overread. No slack lies behind the scales.\n" in answer.text() + "\n"
+    assert "To settle it" not in answer.text()
+
+
+def test_what_is_only_possible_comes_with_what_would_settle_it(tmp_path: Path) -> None:
+    text = diagnose(log(tmp_path), [replace(OVER_READ, settle="the kernel's name")]).text()
+    assert "No slack lies behind the scales. To settle it: the kernel's name." in text
+
+
+@pytest.mark.parametrize(
+    ("kernel", "grades"),
+    [
+        ("void cutlass::GemmUniversal<cutlass::GroupProblemShape>(Params) <<<(132,1,1),(384,1,1)>>>", ["match"]),
+        ("topk_gating(float*)", []),
+        ("unknown", ["possible"]),
+        ("one in a CUDA graph (cuGraphLaunch)", ["possible"]),
+    ],
+)
+def test_the_fences_own_report_in_the_log_is_evidence(tmp_path: Path, kernel: str, grades: list[str]) -> None:
+    told = f"fence: process 77 faulted: CUDA_ERROR_ILLEGAL_ADDRESS\n  kernel       {kernel}\n  device       0"
+    assert [match.grade for match in diagnose(log(tmp_path, kernel=told), [OVER_READ]).matches] == grades
 
 
 def test_another_kernel_speaks_against_it(tmp_path: Path) -> None:

@@ -33,8 +33,21 @@ def diagnose(tmp_path: Path, version: str, tokens: int, error: str = FAULT) -> t
 def test_the_reported_crash_is_recognised(tmp_path: Path) -> None:
     code, found = diagnose(tmp_path, "0.10.1.1", 8192)
     assert code == 1
-    assert {"id": "scale-overread", "certain": True} in [{k: m[k] for k in ("id", "certain")} for m in found["matches"]]
+    (match,) = [m for m in found["matches"] if m["id"] == "scale-overread"]
+    assert (match["grade"], match["certain"], match["unseen"]) == ("possible", False, ["kernel"])
+    assert "fence --launches --align 512 -- COMMAND` names it" in match["settle"]
     assert found["tokens"] == 8192
+
+
+@pytest.mark.parametrize("tokens", [8192, 8191])
+def test_the_kernels_name_makes_it_a_match_and_anothers_rules_it_out(tmp_path: Path, tokens: int) -> None:
+    grouped = "void cutlass::device_kernel<cutlass::gemm::kernel::GemmUniversal<cutlass::gemm::GroupProblemShape<int>>>(Params)"
+    for kernel, grades in ((grouped, ["match"]), ("topk_gating(float*)", [])):
+        report = f"{FAULT}\nfence: process 7 faulted: CUDA_ERROR_ILLEGAL_ADDRESS\n  kernel       {kernel} <<<(1,1,1),(1,1,1)>>>"
+        code, found = diagnose(tmp_path, "0.10.1.1", tokens, report)
+        told = [m for m in found["matches"] if m["id"] == "scale-overread"]
+        assert ([m["grade"] for m in told], code) == (grades, len(grades))
+        assert all(m["settle"] is None for m in told)
 
 
 @pytest.mark.parametrize(

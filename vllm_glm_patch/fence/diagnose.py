@@ -35,8 +35,13 @@ _ERROR = re.compile(
 )
 _ERROR_LINE = re.compile(r"[^\n]*(?:an illegal memory access was encountered|device-side assert|Assertion `[^\n]*failed)[^\n]*")
 _KERNEL = re.compile(r"coredump:\s+#0\s+0x[0-9a-f]+\s+(\S+)|The exception was triggered at PC 0x[0-9a-f]+\s+(.+)")
+# A line of report.py's FaultReport.text.
+_FENCE_KERNEL = re.compile(r"^  kernel {7}(?!unknown$|one in a CUDA graph)(\S.*?)(?: <<<.*>>>)?$")
 _PATCH = re.compile(r"\b([a-z]+(?:-[a-z]+)+) {2,}(applied|not needed|switched off|refused|not in this release)\b")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
+
+
+MATCH, POSSIBLE = "match", "possible"
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,7 @@ class Signature:
         kernel: regular expression, searched in the name of the faulting kernel.
         tokens_multiple_of: the step's token count is a multiple of it.
         why: a sentence on why these signs mean this defect.
+        settle: what would settle it where not every part was seen.
     """
 
     patch: str
@@ -56,6 +62,7 @@ class Signature:
     kernel: str = ""
     tokens_multiple_of: int = 0
     why: str = ""
+    settle: str = ""
 
     @classmethod
     def from_table(cls, patch: str, table: Mapping[str, Any]) -> Signature:
@@ -64,7 +71,7 @@ class Signature:
         Raises:
             ValueError: an unknown key, a wrong type or a regular expression that does not compile.
         """
-        known = {"error": str, "kernel": str, "tokens_multiple_of": int, "why": str}
+        known = {"error": str, "kernel": str, "tokens_multiple_of": int, "why": str, "settle": str}
         for key, value in table.items():
             if key not in known:
                 raise ValueError(f"patch {patch}: signature has {key!r}; known keys are {', '.join(known)}.")
@@ -117,6 +124,11 @@ class Match:
     certain: bool
     unseen: tuple[str, ...] = ()
 
+    @property
+    def grade(self) -> str:
+        """MATCH, or POSSIBLE: what is in the file fits, and does not tell this defect from others."""
+        return MATCH if self.certain else POSSIBLE
+
 
 @dataclass(frozen=True)
 class Diagnosis:
@@ -145,8 +157,10 @@ class Diagnosis:
         if seen.patches:
             lines.append("  patches " + ", ".join(f"{patch} {state}" for patch, state in seen.patches))
         for match in self.matches:
-            how = "matches" if match.certain else f"may match (not in this file: {', '.join(match.unseen)})"
-            lines.append(f"{how}: {match.signature.patch}. {match.signature.why}".rstrip())
+            how = "matches" if match.certain else f"{match.grade} (not in this file: {', '.join(match.unseen)})"
+            settle = f" To settle it: {match.signature.settle}." if match.signature.settle and not match.certain else ""
+            why = f" {match.signature.why.rstrip('.')}." if match.signature.why else ""
+            lines.append(f"{how}: {match.signature.patch}.{why}{settle}")
         if not self.matches:
             lines.append("No known defect matches.")
         if not seen.kernels and seen.errors:
@@ -205,6 +219,8 @@ def read_lines(lines: Iterable[str]) -> Evidence:
         patches.update(_PATCH.findall(line))
         if named := _KERNEL.search(line):
             kernels[(named.group(1) or named.group(2)).strip()] = None
+        elif told := _FENCE_KERNEL.match(line.rstrip()):
+            kernels[told.group(1)] = None
         if frames := _FRAME.findall(line):
             file, number, function = frames[-1]
             frame = f"{file}:{number} in {function}"

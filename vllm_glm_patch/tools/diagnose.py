@@ -22,7 +22,9 @@ def command(
 ) -> None:
     """Say which known defect a vLLM log or a CUDA core dump matches, whether the vLLM here has it, and what to do next.
 
-    Exit codes: 0 none matches; 1 one does; 2 the file cannot be read.
+    A match names the defect; "possible" fits what the file says, and comes with what would settle it.
+
+    Exit codes: 0 nothing fits; 1 a defect matches or is possible; 2 the file cannot be read.
     """
     try:
         diagnosis = of_its_version(read(file, signatures()))
@@ -146,8 +148,10 @@ def as_dict(diagnosis: Diagnosis, here: dict[str, Advice]) -> dict[str, object]:
             {
                 "id": match.signature.patch,
                 "certain": match.certain,
+                "grade": match.grade,
                 "unseen": list(match.unseen),
                 "why": match.signature.why,
+                "settle": None if match.certain else match.signature.settle or None,
                 "installed": here[match.signature.patch].installed or None,
                 "installed_has_it": here[match.signature.patch].has_it,
                 "patch_here": here[match.signature.patch].patch or None,
