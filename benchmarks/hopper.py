@@ -126,6 +126,35 @@ def timed(shape: str, tokens: int) -> list[Case]:
     return cases
 
 
+def left_out(case: Case, native: Any, shared_memory: int) -> str:
+    """Why a case cannot be launched on a card with so many bytes of shared memory a block, known beforehand; "" where it can.
+
+    The launcher's kernels always fit (abi.h: gemm2_decode_consumers gives up a warpgroup first). Triton's GEMM1 takes the tile
+    height of the GEMM2 that follows, whatever its pipeline then needs.
+    """
+    from vllm_glm_patch.moe.hopper.backend import triton_config
+    from vllm_glm_patch.moe.tune import _gemm1_bytes
+
+    if case.gemm1 != "triton":
+        return ""
+    problem = SHAPES[case.shape].with_tokens(case.tokens)
+    gemm1 = triton_config(problem, config_of(case), native).gemm1
+    needs = _gemm1_bytes(problem, gemm1)
+    if needs <= shared_memory:
+        return ""
+    return (
+        f"Triton's GEMM1 with tiles of {gemm1.block_m} rows, as {case.gemm2} reads them, needs {needs} bytes of shared memory, "
+        f"and this card gives a block {shared_memory}"
+    )
+
+
+def config_of(case: Case) -> Any:
+    """As the backend takes it."""
+    from vllm_glm_patch.moe.hopper.backend import HopperConfig
+
+    return HopperConfig(case.gemm1, case.gemm2, case.slice, case.slots, case.programmatic, band=case.band)
+
+
 def build(defines: list[str]) -> None:
     """Compile the launcher and the cubins into the source tree, with these macros added for this once."""
     flags = ROOT / "csrc/hopper/flags.txt"
@@ -189,14 +218,8 @@ class Worker:
         """Every step against float64, and the same bits twice."""
         from hopper_stages import check_layer
 
-        report = check_layer(self.native, self.inputs(case), self.config(case), self.card.multiprocessors, self.stream)
+        report = check_layer(self.native, self.inputs(case), config_of(case), self.card.multiprocessors, self.stream)
         return {"case": case.text, "wrong": report.wrong, "lines": report.lines}
-
-    def config(self, case: Case) -> Any:
-        """As the backend takes it."""
-        from vllm_glm_patch.moe.hopper.backend import HopperConfig
-
-        return HopperConfig(case.gemm1, case.gemm2, case.slice, case.slots, case.programmatic, band=case.band)
 
     def passes(self, case: Case) -> tuple[list[Any], list[Any]]:
         """(native passes, Triton's passes) on the same inputs; several where one input's weights would stay in L2."""
@@ -216,7 +239,7 @@ class Worker:
             def space(size: int) -> Any:
                 return torch.full((size,), 0xFF, dtype=torch.uint8, device="cuda")
 
-            config = self.config(case)
+            config = config_of(case)
             room = space(workspace_bytes(i.problem, config, self.native))
             count = self.card.multiprocessors
             native.append((HopperPass(self.native, i.problem, config, one := tensors(), room, count, self.stream), one, room))
@@ -266,7 +289,10 @@ def work(what: str) -> None:
     for line in sys.stdin:
         case = Case(**json.loads(line))
         try:
-            result = worker.check(case) if what == "check" else worker.time(case)
+            if reason := left_out(case, worker.native, worker.card.shared_memory):
+                result = {"case": case.text, "left out": reason}
+            else:
+                result = worker.check(case) if what == "check" else worker.time(case)
         except Exception as error:
             print(json.dumps({"case": case.text, "error": f"{type(error).__name__}: {error}"}), flush=True)
             raise
@@ -389,6 +415,9 @@ def main() -> int:
         if "error" in result:
             bad += 1
             summary.append(f"{case.text}: {result['error'][:300]}")
+            print(summary[-1], flush=True)
+        elif "left out" in result:
+            summary.append(f"{case.text}: left out: {result['left out']}")
             print(summary[-1], flush=True)
         elif options.check:
             if result["wrong"]:

@@ -1,0 +1,107 @@
+"""benchmarks/hopper.py leaves out what cannot be launched, says why, and counts it as no failure."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vllm_glm_patch.moe.hopper.native import Family, Kernel
+
+ROOT = Path(__file__).parents[2]
+H100 = 232448  # bytes of shared memory a block
+FAMILIES = {"gemm1": Family.GEMM1, "gemm2": Family.GEMM2, "gemm1_decode": Family.GEMM1_DECODE}
+FAMILIES |= {"gemm2_decode": Family.GEMM2_DECODE, "sum": Family.SUM}
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("hopper_benchmark_left_out", ROOT / "benchmarks/hopper.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def native() -> Any:
+    """The kernels of abi.h's table."""
+    row = re.compile(r'\{"(glm_\w+)", "([\w.]+)", Family::(\w+), Grid::\w+, \d+, (\d+), (\d+), (\d+),')
+    rows = row.findall((ROOT / "csrc/hopper/abi.h").read_text())
+    kernels = [
+        Kernel(number, name, source, FAMILIES[family], int(tile_rows), int(columns), int(cluster))
+        for number, (name, source, family, cluster, tile_rows, columns) in enumerate(rows)
+    ]
+    assert {kernel.family for kernel in kernels} == set(Family)
+    return SimpleNamespace(by_name={kernel.name: kernel for kernel in kernels})
+
+
+def test_what_ran_out_of_shared_memory_on_a_card_is_left_out_and_nothing_that_ran(benchmark: ModuleType, native: Any) -> None:
+    """Against the H100's own records: OutOfResources, or times."""
+    ran_out = ran = 0
+    for line in (ROOT / "benchmarks/results/hopper-times-h100.jsonl").read_text().splitlines():
+        told = json.loads(line)
+        names = benchmark.Case.__dataclass_fields__
+        case = benchmark.Case(**{name: value for name, value in told.items() if name in names})
+        reason = benchmark.left_out(case, native, H100)
+        if required := re.search(r"OutOfResources.*Required: (\d+), Hardware limit: (\d+)", told.get("error", "")):
+            ran_out += 1
+            assert (
+                f"needs {required.group(1)} bytes of shared memory, and this card gives a block {required.group(2)}" in reason
+            )
+            assert f"as {case.gemm2} reads them" in reason
+        elif "native layer" in told:
+            ran += 1
+            assert reason == "", case.text
+    assert ran_out >= 2 and ran >= 50
+
+
+def test_of_all_that_is_checked_or_timed_only_triton_before_the_tallest_decode_tiles_is_left_out(
+    benchmark: ModuleType, native: Any
+) -> None:
+    cases = benchmark.checks() + [
+        c for shape in benchmark.SHAPES for count in (1, 64, 512, 8192) for c in benchmark.timed(shape, count)
+    ]
+    left = {(case.gemm1, case.gemm2) for case in cases if benchmark.left_out(case, native, H100)}
+    assert left == {("triton", "glm_gemm2_decode_t64")}
+    assert not [case for case in cases if benchmark.left_out(case, native, 1 << 20)]
+
+
+def test_a_case_that_is_left_out_is_told_and_is_not_bad(
+    benchmark: ModuleType, native: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    timed = []
+
+    class Worker:
+        def __init__(self) -> None:
+            self.native, self.card = native, SimpleNamespace(shared_memory=H100)
+
+        def time(self, case: Any) -> dict[str, Any]:
+            timed.append(case)
+            return {"case": case.text, "native layer": 2.0, "triton layer": 3.0}
+
+    first, second = (benchmark.Case("TP8", 1024, gemm1, "glm_gemm2_decode_t64") for gemm1 in ("triton", "glm_gemm1_decode_t64"))
+    lines = [json.dumps(benchmark.dataclasses.asdict(case)) for case in (first, second)]
+    monkeypatch.setattr(benchmark, "Worker", Worker)
+    monkeypatch.setattr("sys.stdin", iter(lines))
+    benchmark.work("time")
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()][1:]
+    assert timed == [second]
+    assert "245760" in answers[0]["left out"] and answers[1]["native layer"] == 2.0
+
+    monkeypatch.setattr(benchmark, "timed", lambda shape, tokens: [first, second])
+    monkeypatch.setattr(benchmark, "run_cases", lambda words, cases, *_: zip(cases, answers))
+    monkeypatch.setattr("sys.argv", ["hopper.py", "--out", str(tmp_path), "--tokens", "1024"])
+    assert benchmark.main() == 0
+    told = capsys.readouterr().out
+    assert "2 cases, 0 bad" in told
+    assert told.count(f"{first.text}: left out: Triton's GEMM1 with tiles of 64 rows") == 2  # as it comes, and in the summary
+    kept = [json.loads(line) for line in (tmp_path / "hopper.jsonl").read_text().splitlines()]
+    assert ["left out" in one for one in kept] == [True, False]
