@@ -4,8 +4,9 @@ python -m tools.matrix                    all releases this package knows; write
 python -m tools.matrix 0.17.1 0.33.0      these only; writes nothing
 
 For each release: the fingerprints of all that is replaced, what the catalog decides, whether the evidence rules agree,
-and what each replacement does when it is called as that release calls it. Nothing of vLLM is imported or run. Sources
-that are not in the cache are fetched. Exit code 1 if anything is wrong.
+what each replacement does when it is called as that release calls it, and whether this package calls that release from
+outside as it declares its functions. Nothing of vLLM is imported or run. Sources that are not in the cache are fetched.
+Exit code 1 if anything is wrong.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from packaging.version import Version
 from rich.console import Console
 from rich.progress import track
 
-from tools import matrix_calls, matrix_document, matrix_source
+from tools import matrix_calls, matrix_document, matrix_entries, matrix_source
 from tools.matrix_result import Result
 from vllm_glm_patch import catalog
 from vllm_glm_patch.settings import Settings
@@ -32,8 +33,9 @@ from vllm_glm_patch.upstream import Upstream, fingerprint
 ROOT = Path(__file__).parent.parent
 CACHE = ROOT / ".cache" / "vllm-sources"
 RECORDS = ROOT / "tests" / "unit" / "data" / "calls"
-STORED = ("0.10.1.1", "0.10.2", "0.17.1", "0.32.0")
-"""One release of each way of calling the MoE layer; their records are what `make test` checks without a network."""
+STORED = ("0.10.1.1", "0.10.2", "0.13.0", "0.17.1", "0.32.0")
+"""One release of each way of calling the MoE layer, and of being called from outside; their records are what `make test`
+checks without a network."""
 
 
 def main() -> int:
@@ -82,6 +84,7 @@ def check(version: str, folder: Path) -> Result:
             problems.append(f"{patch.id} should be {'present' if expected else 'absent'} and the evidence says: {found.why}")
     record = matrix_source.read(folder, version)
     outcome = matrix_calls.check(record)
+    problems += matrix_entries.check(record)
     states = {d.id: "applied" if d.state == catalog.APPLY else d.state for d in decisions}
     return Result(version, target.has_kernel_source, states, record, outcome.calls, tuple(problems) + outcome.problems)
 

@@ -50,6 +50,16 @@ CALLERS: Mapping[str, tuple[Callers, ...]] = {
     "worker": (_WORKERS,),
     "profile": (Callers("v1/executor/**/*.py", r"(?:self\.)?(?:\w+\.)*collective_rpc", by_name="determine_available_memory"),),
 }
+ENTRIES = {
+    "cutlass_moe_fp8": f"{_LAYERS}/fused_moe/**/cutlass_moe.py",
+    "run_cutlass_moe_fp8": f"{_LAYERS}/fused_moe/**/cutlass_moe.py",
+    "fused_experts": f"{_LAYERS}/fused_moe/fused_moe.py",
+    "fp8_w8a8_moe_quant_config": f"{_LAYERS}/fused_moe/config.py",
+    "MoEActivation": f"{_LAYERS}/fused_moe/activation.py",
+    "MoEPermuteScratch": f"{_LAYERS}/fused_moe/moe_permute_unpermute.py",
+    "scaled_fp8_quant": "_custom_ops.py",
+}
+"""What `tools/vllm_moe.py` of the package calls from outside, and where it looks for it: a release need not have all."""
 OPAQUE = ("moe_forward", "moe_forward_shared")
 """The operators of vLLM inside of which a compiled model runs its MoE layers, so that nothing there is traced."""
 OPERATOR = "torch.ops._C.dynamic_per_token_scaled_fp8_quant"
@@ -122,6 +132,10 @@ class Record:
     moe: Mapping[str, tuple[str, ...]]
     """What the adapters go by: ``prepare`` and ``experts``, those of their classes that the release has, ``description``,
     the attributes of its FusedMoEQuantConfig, and ``opaque``, those of `OPAQUE` that its layers call."""
+    entries: Mapping[str, tuple[Parameter, ...]]
+    """Those of `ENTRIES` that it has, and their parameters; a class has those of its making."""
+    entry_modules: Mapping[str, str]
+    """The module of each."""
     missing: tuple[str, ...]
     """Those of `OBSERVED` that it does not have, and functions that cannot be found or are called nowhere."""
 
@@ -133,7 +147,9 @@ class Record:
         runs = {file: _parameters(rows) for file, rows in table["dummy_runs"].items()}
         return cls(
             table["version"], tuple(map(_function, table["functions"])), tuple(table["config_fields"]), runs,
-            table["operator_arguments"], {key: tuple(names) for key, names in table["moe"].items()}, tuple(table["missing"]),
+            table["operator_arguments"], {key: tuple(names) for key, names in table["moe"].items()},
+            {name: _parameters(rows) for name, rows in table["entries"].items()}, table["entry_modules"],
+            tuple(table["missing"]),
         )  # fmt: skip
 
 
@@ -165,7 +181,7 @@ def read(folder: Path, version: str) -> Record:
     operator = list(source.calls(Callers("_custom_ops.py", re.escape(OPERATOR))))
     return Record(
         version, tuple(functions), _config_fields(source), dict(_dummy_runs(source)),
-        len(operator[0].positional) if operator else 0, _moe(source), tuple(missing),
+        len(operator[0].positional) if operator else 0, _moe(source), *_entries(source), tuple(missing),
     )  # fmt: skip
 
 
@@ -280,6 +296,37 @@ def _moe(source: _Source) -> dict[str, tuple[str, ...]]:
         "description": tuple(name for name in read if name in attributes),
         "opaque": tuple(sorted(called)),
     }
+
+
+def _entries(source: _Source) -> tuple[dict[str, tuple[Parameter, ...]], dict[str, str]]:
+    found: dict[str, tuple[Parameter, ...]] = {}
+    modules: dict[str, str] = {}
+    for name, glob in ENTRIES.items():
+        for file in source.files(glob, name):
+            for node in source.tree(file).body:
+                if getattr(node, "name", None) != name:
+                    continue
+                if isinstance(node, ast.FunctionDef):
+                    found[name] = _declared(node.args)
+                elif isinstance(node, ast.ClassDef):
+                    found[name] = _made_with(node)
+                modules[name] = ".".join(file.relative_to(source.root.parent).with_suffix("").parts)
+    return found, modules
+
+
+def _made_with(node: ast.ClassDef) -> tuple[Parameter, ...]:
+    """What making an object of a class takes: by its `__init__`, or as a dataclass."""
+    for inner in node.body:
+        if isinstance(inner, ast.FunctionDef) and inner.name == "__init__":
+            return _declared(inner.args)[1:]
+    if not any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
+        return ()
+    fields = [one for one in node.body if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name)]
+    return tuple(
+        Parameter(field.target.id, "POSITIONAL_OR_KEYWORD", _default(field.value))  # type: ignore[union-attr]
+        for field in fields
+        if not (field.value is not None and re.search(r"\binit=False\b", ast.unparse(field.value)))
+    )
 
 
 def _config_fields(source: _Source) -> tuple[str, ...]:

@@ -8,8 +8,8 @@ Each check runs in a child. Times are CUDA-graph replay medians, both sides alte
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
-import inspect
 import json
 import statistics
 import sys
@@ -21,6 +21,8 @@ import children
 import torch
 
 import vllm_glm_patch
+from vllm_glm_patch.moe.problem import Problem
+from vllm_glm_patch.tools import vllm_moe
 
 EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 160, 8, 5120, 192  # one rank of GLM-4.6-FP8 at tensor parallel 8
 TOKENS = (1, 16, 64, 256, 1024, 4096, 8191, 8192)
@@ -30,75 +32,49 @@ BAD = (-1, EXPERTS, 100000, 2**31 - 1, -(2**31), 1 << 20)
 class Layer:
     """One MoE layer with random FP8 weights, called through whatever this vLLM offers."""
 
-    def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator(device="cuda").manual_seed(seed)
+    def __init__(self, seed: int, device: str = "cuda") -> None:
+        self.device = device
+        self.generator = torch.Generator(device=device).manual_seed(seed)
         self.w1, self.w1_scale = self._weights(2 * INTERMEDIATE, HIDDEN)
         self.w2, self.w2_scale = self._weights(HIDDEN, INTERMEDIATE)
 
     def _weights(self, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-        fp8 = torch.empty(EXPERTS, rows, columns, device="cuda", dtype=torch.float8_e4m3fn)
-        scale = torch.empty(EXPERTS, rows, 1, device="cuda")
+        fp8 = torch.empty(EXPERTS, rows, columns, device=self.device, dtype=torch.float8_e4m3fn)
+        scale = torch.empty(EXPERTS, rows, 1, device=self.device)
         for expert in range(EXPERTS):
-            weight = torch.randn(rows, columns, generator=self.generator, device="cuda") * columns**-0.5
+            weight = torch.randn(rows, columns, generator=self.generator, device=self.device) * columns**-0.5
             scale[expert] = weight.abs().amax(1, keepdim=True) / 448
             fp8[expert] = (weight / scale[expert]).to(torch.float8_e4m3fn)
         return fp8, scale
 
     def inputs(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        hidden = torch.randn(tokens, HIDDEN, generator=self.generator, device="cuda").bfloat16()
-        logits = torch.rand(tokens, EXPERTS, generator=self.generator, device="cuda")
+        hidden = torch.randn(tokens, HIDDEN, generator=self.generator, device=self.device).bfloat16()
+        logits = torch.rand(tokens, EXPERTS, generator=self.generator, device=self.device)
         weights, ids = logits.topk(TOP_K, dim=-1)
         return hidden, weights / weights.sum(-1, keepdim=True), ids.int()
 
-    def __call__(self, hidden: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    def call(self, hidden: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """A call of this vLLM's layer as it is now, patched or not; all that it needs but the layer's own buffers is made."""
+        problem = Problem(len(hidden), HIDDEN, INTERMEDIATE, EXPERTS, EXPERTS, TOP_K)
+        given = vllm_moe.Layer(problem, hidden, self.w1, self.w2, self.w1_scale, self.w2_scale, weights, ids)
         module = _module()
         if hasattr(module, "cutlass_moe_fp8"):
-            return module.cutlass_moe_fp8(
-                hidden, self.w1, self.w2, weights, ids, self.w1_scale, self.w2_scale, per_act_token=True,
-                global_num_experts=EXPERTS,
-            )  # fmt: skip
-        from vllm import _custom_ops as ops
+            return vllm_moe.cutlass_moe_fp8(module.cutlass_moe_fp8, given)
+        width = vllm_moe.workspace_width(problem)
+        spaces = [torch.empty(problem.pairs, width, device=hidden.device, dtype=torch.bfloat16) for _ in range(2)]
+        return vllm_moe.run_cutlass_moe_fp8(module.run_cutlass_moe_fp8, given, spaces[0], spaces[1])
 
-        tokens = hidden.shape[0]
-        output = torch.empty_like(hidden)
-        quantised, scales = ops.scaled_fp8_quant(hidden, use_per_token_if_dynamic=True)
-        wide = torch.empty(tokens * TOP_K, HIDDEN, device="cuda", dtype=torch.bfloat16)
-        by_name = {
-            "output": output, "hidden_states": quantised, "w1": self.w1, "w2": self.w2, "topk_ids": ids,
-            "topk_weights": weights, "activation": _silu(), "global_num_experts": EXPERTS, "expert_map": None,
-            "activation_callable": lambda out, x: torch.ops._C.silu_and_mul(out, x), "w1_scale": self.w1_scale,
-            "w2_scale": self.w2_scale, "a1q_scale": scales, "a2_scale": None, "ab_strides1": _stride(HIDDEN),
-            "ab_strides2": _stride(INTERMEDIATE), "c_strides1": _stride(2 * INTERMEDIATE), "c_strides2": _stride(HIDDEN),
-            "workspace13": wide, "workspace2": torch.empty_like(wide), "expert_num_tokens": None,
-            "out_dtype": torch.bfloat16, "per_act_token": True, "per_out_ch": True, "use_batched_format": False,
-            "permute_scratch": None,
-        }  # fmt: skip
-        run = module.run_cutlass_moe_fp8
-        run(**{name: by_name[name] for name in inspect.signature(run).parameters})
-        return output
+    def __call__(self, hidden: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return self.call(hidden, weights, ids)()
 
 
 def _module() -> Any:
-    import importlib
-
-    for name in ("experts.cutlass_moe", "cutlass_moe"):
+    for name in vllm_moe.CUTLASS:
         try:
-            return importlib.import_module(f"vllm.model_executor.layers.fused_moe.{name}")
+            return importlib.import_module(name)
         except ModuleNotFoundError:
             continue
     raise SystemExit("this vLLM has no CUTLASS MoE")
-
-
-def _silu() -> Any:
-    try:
-        from vllm.model_executor.layers.fused_moe.activation import MoEActivation
-    except ImportError:
-        return "silu"
-    return MoEActivation.SILU
-
-
-def _stride(value: int) -> torch.Tensor:
-    return torch.full((EXPERTS,), value, device="cuda", dtype=torch.int64)
 
 
 def reference(layer: Layer, hidden: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -165,6 +141,7 @@ def cost(tokens: int) -> dict[str, Any]:
     layer = Layer(3)
     hidden, weights, ids = layer.inputs(tokens)
     graphs: dict[str, torch.cuda.CUDAGraph] = {}
+    calls: list[Callable[[], torch.Tensor]] = []
     variants: dict[str, Callable[[], object]] = {
         "plain": lambda: None,
         "scale-overread": lambda: vllm_glm_patch.install(vllm_glm_patch.Settings(disable=("routing-ids",))),
@@ -172,12 +149,14 @@ def cost(tokens: int) -> dict[str, Any]:
     }
     for name, install in variants.items():
         install()
+        call = layer.call(hidden, weights, ids)
         for _ in range(3):
-            layer(hidden, weights, ids)
+            call()
         torch.cuda.synchronize()
         graphs[name] = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graphs[name]):
-            layer(hidden, weights, ids)
+            call()
+        calls.append(call)  # with the buffers that the graph uses
         vllm_glm_patch.uninstall()
     times: dict[str, list[float]] = {name: [] for name in graphs}
     for _ in range(60):

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from tools import matrix_calls, matrix_source
+from tools import matrix_calls, matrix_entries, matrix_source
 from tools.matrix_source import Call, Record, Value
 from vllm_glm_patch import catalog
 from vllm_glm_patch.adapters import conditions
 from vllm_glm_patch.fixes import full_step, routing_ids, scale_slack
+from vllm_glm_patch.tools import vllm_moe
 
+KNOWN = vllm_moe._known
 STORED = sorted((Path(__file__).parent / "data" / "calls").glob("*.json"))
 DOCUMENT = Path(__file__).parents[2] / "docs" / "versions.md"
 
@@ -146,14 +151,86 @@ def test_a_scheduler_that_keeps_its_budget_elsewhere_is_found() -> None:
     assert any("max_num_scheduled_tokens" in problem for problem in problems)
 
 
+# Calling a release from outside.
+
+
+@pytest.fixture(scope="module")
+def layer_script() -> Any:
+    """tests/gpu/layer_with_patch.py, with small sizes and no card."""
+    folder = Path(__file__).parents[1] / "gpu"
+    sys.path.insert(0, str(folder))
+    spec = importlib.util.spec_from_file_location("layer_with_patch", folder / "layer_with_patch.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(folder))
+    p = matrix_entries.PROBLEM
+    module.EXPERTS, module.TOP_K, module.HIDDEN, module.INTERMEDIATE = p.experts, p.top_k, p.hidden_size, p.intermediate_size
+    return module
+
+
+@pytest.mark.parametrize("version", [file.stem for file in STORED])
+def test_each_release_is_called_from_outside_as_it_declares_it(version: str) -> None:
+    assert {"run_cutlass_moe_fp8", "fused_experts", "scaled_fp8_quant"} <= set(load(version).entries)
+    assert matrix_entries.check(load(version)) == ()
+
+
+@pytest.mark.parametrize("version", [file.stem for file in STORED])
+def test_the_script_for_a_card_calls_the_layer_as_this_release_declares_it(version: str, layer_script: Any) -> None:
+    record = load(version)
+    entry = "cutlass_moe_fp8" if "cutlass_moe_fp8" in record.entries else "run_cutlass_moe_fp8"
+    layer = layer_script.Layer(5, "cpu")
+    hidden, weights, ids = layer.inputs(matrix_entries.PROBLEM.tokens)
+    with matrix_entries.stand_in(record) as received:
+        out = layer(hidden, weights, ids)
+    given = vllm_moe.Layer(
+        matrix_entries.PROBLEM, hidden, layer.w1, layer.w2, layer.w1_scale, layer.w2_scale, weights, ids
+    )  # fmt: skip
+    assert matrix_entries.wrong_in(given, entry, received) == ""
+    assert out.shape == hidden.shape and bool((out == 1).all())
+
+
+def test_releases_of_every_way_to_be_called_from_outside_are_stored() -> None:
+    ways = {}
+    for file in STORED:
+        entries = load(file.stem).entries
+        takes = {name: {parameter.name for parameter in entries.get(name, ())} for name in matrix_source.ENTRIES}
+        whole = takes["cutlass_moe_fp8"]
+        how = "none" if not whole else "config" if "quant_config" in whole else "strides" if "ab_strides1" in whole else "plain"
+        ways[file.stem] = (how, "permute_scratch" in takes["run_cutlass_moe_fp8"])
+    assert set(ways.values()) == {("plain", False), ("strides", False), ("config", False), ("none", False), ("none", True)}
+
+
+@pytest.mark.parametrize(
+    ("name", "broken", "complaint"),
+    [
+        ("_strides", lambda layer: {}, "asks for 'ab_strides1'"),
+        ("_quant_config", lambda function, layer: {"quant_config": SimpleNamespace(w1_scale=layer.w1_scale)}, "the scheme"),
+        ("_known", lambda layer: {**KNOWN(layer), "w2_scale": layer.w1_scale}, "w2_scale arrives as"),
+    ],
+    ids=["strides", "scheme", "scales"],
+)
+def test_a_call_from_outside_that_is_wrong_is_found(
+    monkeypatch: pytest.MonkeyPatch, name: str, broken: Any, complaint: str
+) -> None:
+    monkeypatch.setattr(vllm_moe, name, broken)
+    assert any(complaint in problem for problem in matrix_entries.check(load("0.13.0")))
+
+
 # Reading a release.
 
 
 def test_declarations_and_calls_are_read_from_source_without_running_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    scratch = (
+        "@dataclass\nclass MoEPermuteScratch:\n    topk: int\n    size: int | None = None\n    ids: T = field(init=False)\n"
+    )
     files = {
         "__init__.py": "raise RuntimeError\n",
+        "model_executor/layers/fused_moe/moe_permute_unpermute.py": scratch,
         "_custom_ops.py": "def cutlass_moe_mm(a, /, b, c=3, *, d=None, e=make()):\n    raise RuntimeError\n",
         "engine/arg_utils.py": "class EngineArgs:\n    def create_engine_config(self): ...\n",
         "layer.py": "ops.cutlass_moe_mm(x, 2, d=True)\ncutlass_moe_mm(*many)\ntorch.ops._C.cutlass_moe_mm(x)\n",
@@ -168,6 +245,8 @@ def test_declarations_and_calls_are_read_from_source_without_running_it(
     assert record.missing == ()
     (function,) = record.functions
     assert str(function.signature()) == "(a, /, b, c=3, *, d=None, e='computed')"
+    assert str(matrix_source.signature(record.entries["MoEPermuteScratch"])) == "(topk, size=None)"
+    assert record.entry_modules["MoEPermuteScratch"] == "vllm.model_executor.layers.fused_moe.moe_permute_unpermute"
     assert function.calls == (Call("vllm/layer.py", (Value(False), Value(True, 2)), {"d": Value(True, True)}),)
 
 
