@@ -9,7 +9,7 @@ import pytest
 import torch
 from configs import random_problem, tolerance
 
-from vllm_glm_patch.moe import fused_moe_fp8, op, workspace_bytes
+from vllm_glm_patch.moe import fused_moe_fp8, op, pipeline, tables, workspace_bytes
 from vllm_glm_patch.moe import workspace as workspace_module
 from vllm_glm_patch.moe.generators import make_inputs
 from vllm_glm_patch.moe.problem import Problem
@@ -44,9 +44,71 @@ def test_long_inputs_in_passes_give_the_same_bits(seed, device, monkeypatch) -> 
     # A table of one entry for both ways, so that only the passes differ.
     config = op.choose(problem, op.read_card(None if device == "cpu" else 0))
     monkeypatch.setattr(op, "choose", lambda part, card: config)
+    ran: list[int] = []
+    one_pass = op.Pass
+
+    def watched(part, *given, **options):
+        ran.append(part.tokens)
+        return one_pass(part, *given, **options)
+
+    monkeypatch.setattr(op, "Pass", watched)
+    tables.changed()  # no plan of another test
     whole = fused_moe_fp8(*inputs.positional())
     monkeypatch.setattr(workspace_module, "TOKENS_PER_PASS", 10)
     assert torch.equal(fused_moe_fp8(*inputs.positional()), whole)
+    assert ran == [23, 10, 10, 3]
+    tables.changed()
+
+
+def test_the_layout_is_made_once_for_a_shape_and_not_once_a_call(device, monkeypatch) -> None:
+    """The host's part of a call is longer than the card's at one token, so it plans nothing twice."""
+    inputs = make_inputs(SMALL, 1, device=device)
+    made: list[int] = []
+    layout = workspace_module.layout
+
+    def counted(problem, *others):
+        made.append(problem.tokens)
+        return layout(problem, *others)
+
+    monkeypatch.setattr(workspace_module, "layout", counted)
+    monkeypatch.setattr(pipeline, "layout", counted)
+    tables.changed()
+    for _ in range(3):
+        fused_moe_fp8(*inputs.positional())
+    assert made == [6]
+
+
+def test_a_plan_is_forgotten_when_a_table_changes(device, monkeypatch) -> None:
+    inputs = make_inputs(SMALL, 1, device=device)
+    used: list[object] = []
+    one_pass = op.Pass
+
+    def watched(part, config, *given, **options):
+        used.append(config)
+        return one_pass(part, config, *given, **options)
+
+    monkeypatch.setattr(op, "Pass", watched)
+    first = op.choose(SMALL, op.read_card(None if device == "cpu" else 0))
+    other = dataclasses.replace(first, sum=dataclasses.replace(first.sum, block_t=2 * first.sum.block_t))
+    assert first.path == "grouped"
+    before = fused_moe_fp8(*inputs.positional())
+    monkeypatch.setattr(tables, "entry", lambda problem, card: other.to_dict())
+    fused_moe_fp8(*inputs.positional())
+    tables.changed()
+    assert torch.equal(fused_moe_fp8(*inputs.positional()), before)
+    assert used == [first, first, other]
+    tables.changed()
+
+
+def test_tensors_that_are_not_contiguous_give_the_same_bits(seed, device) -> None:
+    x, w13, w2, s13, s2, weights, ids = make_inputs(SMALL, seed, device=device).positional()
+    wide = [torch.cat([t, t], 1) for t in (x, s13, s2, weights, ids)]
+    strided = [w[:, : t.shape[1]] for w, t in zip(wide, (x, s13, s2, weights, ids))]
+    assert not any(t.is_contiguous() for t in strided)
+    a, b, c, d, e = strided
+    plain = fused_moe_fp8(x, w13, w2, s13, s2, weights, ids)
+    assert torch.equal(fused_moe_fp8(a, w13, w2, b, c, d, e), plain)
+    assert torch.equal(fused_moe_fp8(a, w13, w2, b[..., None], c[..., None], d, e), plain)
 
 
 @pytest.mark.parametrize(

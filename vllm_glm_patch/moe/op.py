@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NoReturn
 
 import torch
 
@@ -111,12 +112,20 @@ def run(problem: Problem, config: Config, card: Card, tensors: Tensors, workspac
     Pass(problem, config, tensors, workspace, card.multiprocessors).run()
 
 
+@functools.lru_cache(maxsize=4096)
+def _triton_plan(problem: Problem, card: Card) -> tuple[Config, workspace_module.Layout]:
+    """What a pass is run with, and where its buffers lie."""
+    config = choose(problem, card)
+    return config, workspace_module.layout(problem, config)
+
+
 def _triton_need(problem: Problem, card: Card) -> int:
-    return workspace_module.layout(problem, choose(problem, card)).total
+    return _triton_plan(problem, card)[1].total
 
 
 def _triton_run(problem: Problem, card: Card, tensors: Tensors, workspace: torch.Tensor) -> None:
-    run(problem, choose(problem, card), card, tensors, workspace)
+    config, plan = _triton_plan(problem, card)
+    Pass(problem, config, tensors, workspace, card.multiprocessors, plan=plan).run()
 
 
 @dataclass(frozen=True)
@@ -152,6 +161,18 @@ def _backend(problem: Problem, card: Card) -> str:
     return "triton" if name == backends.UPSTREAM else name
 
 
+@functools.lru_cache(maxsize=4096)
+def _passes(whole: Problem, card: Card, step: int) -> tuple[int, tuple[tuple[int, Problem, str], ...]]:
+    """Bytes of workspace that a call needs, and its passes of `step` tokens: first token, sizes and backend."""
+    parts = [(first, whole.with_tokens(min(step, whole.tokens - first))) for first in range(0, whole.tokens, step)]
+    passes = tuple((first, part, _backend(part, card)) for first, part in parts)
+    return max(RUNNERS[name].need(part, card) for _, part, name in passes), passes
+
+
+tables.when_changed(_triton_plan.cache_clear)
+tables.when_changed(_passes.cache_clear)
+
+
 def _device_index(device: torch.device) -> int | None:
     if device.type == "cuda":
         return device.index if device.index is not None else torch.cuda.current_device()
@@ -162,9 +183,8 @@ def _device_index(device: torch.device) -> int | None:
     return None
 
 
-def _require(good: bool, message: str) -> None:
-    if not good:
-        raise ValueError(f"fused_moe_fp8: {message}")
+def _refuse(message: str) -> NoReturn:
+    raise ValueError(f"fused_moe_fp8: {message}")
 
 
 def problem_of(
@@ -177,43 +197,50 @@ def problem_of(
     topk_ids: torch.Tensor,
     expert_map: torch.Tensor | None,
 ) -> Problem:
-    """Sizes read off the tensors; ValueError where they do not fit together."""
-    _require(hidden_states.dim() == 2, f"hidden_states is {list(hidden_states.shape)}, want [tokens, hidden]")
-    _require(hidden_states.dtype == torch.bfloat16, f"hidden_states is {hidden_states.dtype}, want bfloat16")
+    """Sizes read off the tensors; ValueError where they do not fit together. Each call comes here: text is made on refusal."""
+    if hidden_states.dim() != 2:
+        _refuse(f"hidden_states is {list(hidden_states.shape)}, want [tokens, hidden]")
+    if hidden_states.dtype is not torch.bfloat16:
+        _refuse(f"hidden_states is {hidden_states.dtype}, want bfloat16")
     tokens, hidden = hidden_states.shape
-    _require(w13.dim() == 3 and w2.dim() == 3, "w13 and w2 must have 3 dimensions: experts, outputs, inputs")
+    if w13.dim() != 3 or w2.dim() != 3:
+        _refuse("w13 and w2 must have 3 dimensions: experts, outputs, inputs")
     experts, doubled, _ = w13.shape
     width = doubled // 2
-    _require(list(w13.shape) == [experts, 2 * width, hidden], f"w13 is {list(w13.shape)} with hidden {hidden}")
-    _require(
-        list(w2.shape) == [experts, hidden, width],
-        f"w2 is {list(w2.shape)}, want {[experts, hidden, width]} to match w13",
-    )
-    _require(min(experts, width, hidden) > 0, "experts, intermediate and hidden sizes must be positive")
-    for name, weight in (("w13", w13), ("w2", w2)):
-        _require(weight.dtype == _FP8, f"{name} is {weight.dtype}, want float8_e4m3fn")
-        inner = weight.stride(2) == 1 and weight.stride(1) == weight.shape[2]
-        _require(inner, f"{name} has strides {list(weight.stride())}; each expert must be contiguous")
+    if w13.shape != (experts, 2 * width, hidden):
+        _refuse(f"w13 is {list(w13.shape)} with hidden {hidden}")
+    if w2.shape != (experts, hidden, width):
+        _refuse(f"w2 is {list(w2.shape)}, want {[experts, hidden, width]} to match w13")
+    if experts <= 0 or width <= 0 or hidden <= 0:
+        _refuse("experts, intermediate and hidden sizes must be positive")
+    for name, weight, inputs in (("w13", w13, hidden), ("w2", w2, width)):
+        if weight.dtype is not _FP8:
+            _refuse(f"{name} is {weight.dtype}, want float8_e4m3fn")
+        if weight.stride()[1:] != (inputs, 1):
+            _refuse(f"{name} has strides {list(weight.stride())}; each expert must be contiguous")
     for name, scale, count in (("w13_scale", w13_scale, 2 * width), ("w2_scale", w2_scale, hidden)):
-        _require(scale.dtype == torch.float32, f"{name} is {scale.dtype}, want float32")
-        fits = list(scale.shape) in ([experts, count], [experts, count, 1])
-        _require(fits, f"{name} is {list(scale.shape)}, want {[experts, count]} (one scale a channel)")
-    _require(
-        topk_ids.dim() == 2 and topk_ids.shape[0] == tokens and topk_ids.shape[1] > 0,
-        f"topk_ids is {list(topk_ids.shape)}, want [{tokens}, top_k]",
-    )
-    _require(topk_ids.dtype in (torch.int32, torch.int64), f"topk_ids is {topk_ids.dtype}, want int32 or int64")
-    _require(topk_weights.shape == topk_ids.shape, f"topk_weights is {list(topk_weights.shape)}, unlike topk_ids")
-    _require(topk_weights.dtype == torch.float32, f"topk_weights is {topk_weights.dtype}, want float32")
+        if scale.dtype is not torch.float32:
+            _refuse(f"{name} is {scale.dtype}, want float32")
+        if scale.shape != (experts, count, 1) and scale.shape != (experts, count):
+            _refuse(f"{name} is {list(scale.shape)}, want {[experts, count]} (one scale a channel)")
+    chosen = topk_ids.shape
+    if len(chosen) != 2 or chosen[0] != tokens or chosen[1] <= 0:
+        _refuse(f"topk_ids is {list(chosen)}, want [{tokens}, top_k]")
+    if topk_ids.dtype is not torch.int32 and topk_ids.dtype is not torch.int64:
+        _refuse(f"topk_ids is {topk_ids.dtype}, want int32 or int64")
+    if topk_weights.shape != chosen:
+        _refuse(f"topk_weights is {list(topk_weights.shape)}, unlike topk_ids")
+    if topk_weights.dtype is not torch.float32:
+        _refuse(f"topk_weights is {topk_weights.dtype}, want float32")
+    device, global_experts = hidden_states.device, experts
     if expert_map is not None:
-        _require(
-            expert_map.dim() == 1 and expert_map.dtype == torch.int32 and expert_map.numel() > 0,
-            f"expert_map is {list(expert_map.shape)} {expert_map.dtype}, want [global experts] int32",
-        )
-    others = [w13, w2, w13_scale, w2_scale, topk_weights, topk_ids] + ([] if expert_map is None else [expert_map])
-    _require(all(t.device == hidden_states.device for t in others), "all tensors must be on one device")
-    global_experts = experts if expert_map is None else expert_map.numel()
-    return Problem(tokens, hidden, width, experts, global_experts, topk_ids.shape[1])
+        if expert_map.dim() != 1 or expert_map.dtype is not torch.int32 or expert_map.numel() == 0:
+            _refuse(f"expert_map is {list(expert_map.shape)} {expert_map.dtype}, want [global experts] int32")
+        global_experts = expert_map.numel()
+    for tensor in (w13, w2, w13_scale, w2_scale, topk_weights, topk_ids, expert_map):
+        if tensor is not None and tensor.device != device:
+            _refuse("all tensors must be on one device")
+    return Problem(tokens, hidden, width, experts, global_experts, chosen[1])
 
 
 def _fused_moe_fp8_out(
@@ -229,36 +256,37 @@ def _fused_moe_fp8_out(
     workspace: torch.Tensor | None,
 ) -> None:
     whole = problem_of(hidden_states, w13, w2, w13_scale, w2_scale, topk_weights, topk_ids, expert_map)
-    _require(
-        out.shape == hidden_states.shape and out.dtype == torch.bfloat16 and out.is_contiguous(),
-        f"out is {list(out.shape)} {out.dtype}, want contiguous {list(hidden_states.shape)} bfloat16",
-    )
+    if out.shape != hidden_states.shape or out.dtype is not torch.bfloat16 or not out.is_contiguous():
+        _refuse(f"out is {list(out.shape)} {out.dtype}, want contiguous {list(hidden_states.shape)} bfloat16")
     if whole.tokens == 0:
         return
     card = read_card(_device_index(hidden_states.device))
-    hidden_states = hidden_states.contiguous()
-    topk_weights, topk_ids = topk_weights.contiguous(), topk_ids.contiguous()
+    hidden_states, topk_weights, topk_ids = map(torch.Tensor.contiguous, (hidden_states, topk_weights, topk_ids))
+    w13_scale, w2_scale = w13_scale.contiguous(), w2_scale.contiguous()  # [experts, channels, 1] lies as [experts, channels]
     if expert_map is not None:
         expert_map = expert_map.contiguous()
-    scales = w13_scale.reshape(whole.experts, -1).contiguous(), w2_scale.reshape(whole.experts, -1).contiguous()
-    step = workspace_module.TOKENS_PER_PASS
-    passes = []
-    for first in range(0, whole.tokens, step):
-        part = whole.with_tokens(min(step, whole.tokens - first))
-        passes.append((first, part, RUNNERS[_backend(part, card)]))
-    need = max(runner.need(part, card) for _, part, runner in passes)
+    need, passes = _passes(whole, card, workspace_module.TOKENS_PER_PASS)
     if workspace is None:
         workspace = torch.empty(need, dtype=torch.uint8, device=hidden_states.device)
-    _require(
-        workspace.dtype == torch.uint8 and workspace.is_contiguous() and workspace.numel() >= need,
-        f"workspace has {workspace.numel()} elements of {workspace.dtype}, want {need} contiguous uint8;"
-        " size it by workspace_bytes()",
-    )
-    _require(workspace.data_ptr() % 16 == 0, "workspace must start at a multiple of 16 bytes (256 for full speed)")
-    for first, part, runner in passes:
-        rows = slice(first, first + part.tokens)
-        tensors = Tensors(hidden_states[rows], w13, w2, *scales, topk_weights[rows], topk_ids[rows], expert_map, out[rows])
-        runner.run(part, card, tensors, workspace)
+    if workspace.dtype is not torch.uint8 or not workspace.is_contiguous() or workspace.numel() < need:
+        _refuse(
+            f"workspace has {workspace.numel()} elements of {workspace.dtype}, want {need} contiguous uint8;"
+            " size it by workspace_bytes()"
+        )
+    if workspace.data_ptr() % 16:
+        _refuse("workspace must start at a multiple of 16 bytes (256 for full speed)")
+    for first, part, name in passes:
+        tensors = Tensors(hidden_states, w13, w2, w13_scale, w2_scale, topk_weights, topk_ids, expert_map, out)
+        if len(passes) > 1:
+            rows = slice(first, first + part.tokens)
+            tensors = replace(
+                tensors,
+                hidden=hidden_states[rows],
+                topk_weights=topk_weights[rows],
+                topk_ids=topk_ids[rows],
+                out=out[rows],
+            )
+        RUNNERS[name].run(part, card, tensors, workspace)
 
 
 def _fused_moe_fp8(

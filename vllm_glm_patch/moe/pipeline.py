@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,7 +16,7 @@ from .triton.gemm2 import gemm2_kernel, gemm2_loop_kernel, sum_kernel
 from .triton.gemm2_fused import gemm2_sum_kernel
 from .triton.pairs import pair_gemm1_kernel, pair_gemm2_kernel
 from .triton.quantise import quantise_rows_kernel
-from .workspace import Layout, bins_of, layout, needs_requantise, slice_of, tiles_of
+from .workspace import TILE_BYTES, Layout, bins_of, layout, needs_requantise, slice_of
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,39 @@ def compile_only(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options:
     return kernel.warmup(*arguments, grid=grid, **options)
 
 
+class _Operands(NamedTuple):
+    """What GEMM2 reads and writes, and its own list of tiles. quantised: its rows are FP8."""
+
+    quantised: bool
+    tensors: tuple[torch.Tensor, ...]
+    tiles: torch.Tensor
+
+
+class _Buffer:
+    """A buffer of the workspace as an attribute of a pass, made when it is first asked for: functools.cached_property's lock
+    costs as much again up to Python 3.11."""
+
+    def __init__(self, name: str, dtype: torch.dtype) -> None:
+        self._name, self._dtype = name, dtype
+
+    def __set_name__(self, owner: type, attribute: str) -> None:
+        self._attribute = attribute
+
+    def __get__(self, one: Any, owner: type | None = None) -> torch.Tensor:
+        if one is None:
+            raise AttributeError(f"{self._attribute} is a buffer of a pass, not of the class")
+        offset, size = one._plan.offsets[self._name]
+        view: torch.Tensor = one._workspace[offset : offset + size - size % self._dtype.itemsize].view(self._dtype)
+        one.__dict__[self._attribute] = view  # found before this from now on
+        return view
+
+
 class Pass:
     """One pass: views into the workspace and a method for each step. `run` calls them in order.
 
     band: tokens of a band, by which the prologue lists GEMM2's tiles for the native gemm2_sum; Triton's GEMM2 takes but one
-    band (0).
+    band (0). plan: the layout of this problem, configuration and band, where the caller has it. Views are made when a step asks
+    for them: each costs the host more than a microsecond.
     """
 
     def __init__(
@@ -63,14 +91,14 @@ class Pass:
         multiprocessors: int,
         launch: Launch = launch_now,
         band: int = 0,
+        plan: Layout | None = None,
     ) -> None:
         self._launch = launch
         self.band, self.bands = band, routing.bands_of(problem.tokens, problem.top_k, band)
         self.pdl = config.pdl and dependent_launch()
         self.problem, self.config, self.t = problem, config, tensors
         self.multiprocessors = multiprocessors
-        plan: Layout = layout(problem, config, band)
-        self._plan, self._workspace = plan, workspace
+        self._plan, self._workspace = plan or layout(problem, config, band), workspace
         # Absent tensors still need an argument; kernels never read it.
         self.map = tensors.expert_map if tensors.expert_map is not None else tensors.topk_ids
         self.routing_constants = {
@@ -79,18 +107,20 @@ class Pass:
             "HAS_MAP": tensors.expert_map is not None,
         }
         if config.path == "grouped":
-            self.max_tiles = tiles_of(problem, config, band)
-            self.local_ids = self._view("local_ids", torch.int32)
-            self.rows = self._view("rows", torch.int32)
-            self.histogram = self._view("histogram", torch.int32)
-            self.tiles = self._view("tiles", torch.int32)
-            self.counts = self._view("counts", torch.int32)
-            # With one band it is an argument that the kernel does not read.
-            self.band_tiles = self._view("band_tiles", torch.int32) if self.bands > 1 else self.counts
-            self.token_scales = self._view("token_scales", torch.float32)
-            self.act_scales = self._view("act_scales", torch.float32)
-            self.quantised = self._view("tokens_or_partial", torch.float8_e4m3fn)
-            self.partial = self._view("tokens_or_partial", torch.bfloat16)
+            self.max_tiles = self._plan.offsets["tiles"][1] // TILE_BYTES
+
+    local_ids = _Buffer("local_ids", torch.int32)
+    rows = _Buffer("rows", torch.int32)
+    histogram = _Buffer("histogram", torch.int32)
+    tiles = _Buffer("tiles", torch.int32)
+    counts = _Buffer("counts", torch.int32)
+    token_scales = _Buffer("token_scales", torch.float32)
+    act = _Buffer("act", torch.bfloat16)
+    act_quantised = _Buffer("act_quantised", torch.float8_e4m3fn)
+    act_scales = _Buffer("act_scales", torch.float32)
+    quantised = _Buffer("tokens_or_partial", torch.float8_e4m3fn)
+    partial = _Buffer("tokens_or_partial", torch.bfloat16)
+    band_tiles = _Buffer("band_tiles", torch.int32)
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
         """Start a kernel, before its predecessor has ended where that is wanted.
@@ -102,11 +132,6 @@ class Pass:
         if self.pdl and not first:
             options["launch_pdl"] = True
         self._launch(kernel, grid, *arguments, PDL=self.pdl, **options)
-
-    def _view(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        offset, size = self._plan.offsets[name]
-        size -= size % dtype.itemsize
-        return self._workspace[offset : offset + size].view(dtype)
 
     def run(self) -> None:
         """Launch every step on the current stream."""
@@ -133,7 +158,7 @@ class Pass:
             t.hidden,
             t.w13,
             t.w13_scale,
-            self._view("act", torch.bfloat16),
+            self.act,
             t.topk_ids,
             self.map,
             t.w13.stride(0),
@@ -155,7 +180,7 @@ class Pass:
         self.launch(
             pair_gemm2_kernel,
             grid,
-            self._view("act", torch.bfloat16),
+            self.act,
             t.w2,
             t.w2_scale,
             t.topk_weights,
@@ -250,7 +275,7 @@ class Pass:
             self.rows,
             self.tiles,
             self.counts,
-            self.band_tiles,
+            self.band_tiles if banded else self.counts,  # which the kernel does not read then
             p.pairs,
             chunks,
             self.max_tiles,
@@ -280,7 +305,7 @@ class Pass:
                 self.token_scales,
                 t.w13,
                 t.w13_scale,
-                self._view("act_quantised", torch.float8_e4m3fn),
+                self.act_quantised,
                 self.act_scales,
                 *shared,
                 BLOCK_M=c.block_m,
@@ -299,7 +324,7 @@ class Pass:
             self.token_scales,
             t.w13,
             t.w13_scale,
-            self._view("act", torch.bfloat16),
+            self.act,
             *shared,
             BLOCK_M=c.block_m,
             BLOCK_N=c.block_n,
@@ -315,8 +340,8 @@ class Pass:
         self.launch(
             quantise_rows_kernel,
             (p.pairs,),
-            self._view("act", torch.bfloat16),
-            self._view("act_quantised", torch.float8_e4m3fn),
+            self.act,
+            self.act_quantised,
             self.act_scales,
             self.counts,
             WIDTH=p.intermediate_size,
@@ -331,22 +356,24 @@ class Pass:
             self._gemm2_fused()
             return
         width = slice_of(p, self.config)
+        operands = self._gemm2_operands()
         for start in range(0, p.hidden_size, width):
             wide = min(width, p.hidden_size - start)
-            self._gemm2_slice(start, wide)
+            self._gemm2_slice(start, wide, operands)
             self._sum_slice(start, wide)
 
-    def _gemm2_operands(self) -> tuple[bool, tuple[torch.Tensor, ...]]:
+    def _gemm2_operands(self) -> _Operands:
         t = self.t
         quantised = self.config.gemm1.kind == "row" or needs_requantise(self.config)
-        act = self._view("act_quantised", torch.float8_e4m3fn) if quantised else self._view("act", torch.bfloat16)
-        return quantised, (act, self.act_scales, t.w2, t.w2_scale, t.topk_weights, self.partial)
+        act = self.act_quantised if quantised else self.act
+        tensors = (act, self.act_scales, t.w2, t.w2_scale, t.topk_weights, self.partial)
+        return _Operands(quantised, tensors, self.tiles[3 * self.max_tiles :])
 
-    def _gemm2_slice(self, start: int, width: int) -> None:
+    def _gemm2_slice(self, start: int, width: int, given: _Operands) -> None:
         p, c = self.problem, self.config.gemm2
-        quantised, operands = self._gemm2_operands()
+        operands = given.tensors
         tiles = routing.max_tiles(p.pairs, p.experts, c.block_m)
-        common = (self.rows, self.tiles[3 * self.max_tiles :], self.counts, self.max_tiles, self.t.w2.stride(0))
+        common = (self.rows, given.tiles, self.counts, self.max_tiles, self.t.w2.stride(0))
         shape = {"HIDDEN": p.hidden_size, "INTERMEDIATE": p.intermediate_size}
         if c.kind == "loop":
             self.launch(
@@ -381,7 +408,7 @@ class Pass:
             BLOCK_M=c.block_m,
             BLOCK_N=c.block_n,
             STRIP=c.strip,
-            QUANTISED=quantised,
+            QUANTISED=given.quantised,
             SWAP=c.swap,
             STAGES=c.stages,
             # The launch before a later slice is a sum, which makes none of what this one reads.
@@ -416,17 +443,17 @@ class Pass:
 
     def _gemm2_fused(self) -> None:
         p, c = self.problem, self.config.gemm2
-        quantised, operands = self._gemm2_operands()
+        given = self._gemm2_operands()
         low, high = split_width(p.intermediate_size)
         width = slice_of(p, self.config)
         self.launch(
             gemm2_sum_kernel,
             (self.multiprocessors * c.programs,),
-            *operands,
+            *given.tensors,
             self.local_ids,
             self.t.out,
             self.rows,
-            self.tiles[3 * self.max_tiles :],
+            given.tiles,
             self.counts,
             self.counts[4:],
             p.tokens,
@@ -443,7 +470,7 @@ class Pass:
             STRIP=c.strip,
             SLICE=width,
             SLOTS=c.slots,
-            QUANTISED=quantised,
+            QUANTISED=given.quantised,
             STAGES=c.stages,
             BLOCK_T=self.config.sum.block_t,
             num_warps=c.warps,

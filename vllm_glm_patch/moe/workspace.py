@@ -9,6 +9,7 @@ from .dispatch import Config, power_of_two
 from .problem import Problem
 
 ALIGNMENT = 256
+TILE_BYTES = 4 * 3 * 2  # a tile's expert, first row and rows, in each of two lists
 # Longer inputs are served in passes of this many tokens, so the workspace stops growing and row numbers stay small.
 TOKENS_PER_PASS = 16384
 
@@ -61,7 +62,7 @@ def layout(problem: Problem, config: Config, band: int = 0) -> Layout:
     add("local_ids", 4 * p.pairs)
     add("rows", 4 * p.pairs)
     add("histogram", 4 * (chunks + 1) * bins)
-    add("tiles", 4 * 6 * tiles_of(p, config, band))
+    add("tiles", TILE_BYTES * tiles_of(p, config, band))
     add("counts", 4 * (4 + routing.DONE))
     if bands > 1:
         add("band_tiles", 4 * bands)
