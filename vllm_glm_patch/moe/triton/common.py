@@ -42,6 +42,26 @@ def begin(PDL: tl.constexpr):
 
 
 @triton.jit
+def read_tile(tiles, max_tiles, tile):
+    """A tile of one of routing.py's lists: its expert (int64), its first row in the grouped order, and its rows."""
+    expert = tl.load(tiles + tile).to(tl.int64)
+    first_row = tl.load(tiles + max_tiles + tile)
+    size = tl.load(tiles + 2 * max_tiles + tile)
+    return expert, first_row, size
+
+
+@triton.jit
+def load_block(row_starts, k0, k, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Columns k0 + k [BLOCK_K] of rows of WIDTH that start at these pointers [·]: [·, BLOCK_K], zeros past the rows' end.
+
+    Without a mask where WIDTH is a whole number of blocks.
+    """
+    if WIDTH % BLOCK_K == 0:
+        return tl.load(row_starts[:, None] + (k0 + k)[None, :])
+    return tl.load(row_starts[:, None] + (k0 + k)[None, :], mask=(k0 + k)[None, :] < WIDTH, other=0.0)
+
+
+@triton.jit
 def prefetch(start, size, BLOCK: tl.constexpr):
     """Ask for `size` bytes (up to 128 · BLOCK) from pointer `start` on to be brought into L2, 128 bytes a request."""
     line = tl.minimum(128 * tl.arange(0, BLOCK), size - 1)

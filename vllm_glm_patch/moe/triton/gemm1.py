@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import begin, quantisation_scale, swiglu, to_fp8
+from .common import begin, load_block, quantisation_scale, read_tile, swiglu, to_fp8
 
 
 @triton.jit
@@ -45,13 +45,8 @@ def product_interleaved(
     k = tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_M, 2 * COLUMNS), tl.float32)
     for k0 in range(0, HIDDEN, BLOCK_K):
-        if HIDDEN % BLOCK_K == 0:
-            a = tl.load(tokens[:, None] + (k0 + k)[None, :])
-            b = tl.load(weight_rows[:, None] + (k0 + k)[None, :])
-        else:
-            inside = (k0 + k)[None, :] < HIDDEN
-            a = tl.load(tokens[:, None] + (k0 + k)[None, :], mask=inside, other=0.0)
-            b = tl.load(weight_rows[:, None] + (k0 + k)[None, :], mask=inside, other=0.0)
+        a = load_block(tokens, k0, k, HIDDEN, BLOCK_K)
+        b = load_block(weight_rows, k0, k, HIDDEN, BLOCK_K)
         acc = tl.dot(a, tl.trans(b), acc)
     return tl.split(tl.reshape(acc, (BLOCK_M, COLUMNS, 2)))
 
@@ -93,9 +88,7 @@ def gemm1_tile_kernel(
     pid = tl.program_id(0)
     if pid < num_tiles * BLOCKS_N:
         tile, block_n = locate(pid, num_tiles, BLOCKS_N, GROUP)
-        expert = tl.load(tiles + tile).to(tl.int64)
-        first_row = tl.load(tiles + max_tiles + tile)
-        size = tl.load(tiles + 2 * max_tiles + tile)
+        expert, first_row, size = read_tile(tiles, max_tiles, tile)
         m = tl.arange(0, BLOCK_M)
         token = tl.load(rows + first_row + tl.where(m < size, m, 0)) // TOP_K
         token_scale = tl.load(token_scales + token)
@@ -145,9 +138,7 @@ def gemm1_row_kernel(
     begin(PDL)
     tile = tl.program_id(0)
     if tile < tl.load(counts + 1):
-        expert = tl.load(tiles + tile).to(tl.int64)
-        first_row = tl.load(tiles + max_tiles + tile)
-        size = tl.load(tiles + 2 * max_tiles + tile)
+        expert, first_row, size = read_tile(tiles, max_tiles, tile)
         m = tl.arange(0, BLOCK_M)
         token = tl.load(rows + first_row + tl.where(m < size, m, 0)) // TOP_K
         token_rows = tokens + token.to(tl.int64) * HIDDEN
@@ -161,17 +152,10 @@ def gemm1_row_kernel(
             high_rows = weights + (tl.minimum(LOW + i // 2, INTERMEDIATE - 1) + (i % 2) * INTERMEDIATE).to(tl.int64) * HIDDEN
             high = tl.zeros((BLOCK_M, 2 * HIGH), tl.float32)
         for k0 in range(0, HIDDEN, BLOCK_K):
-            if HIDDEN % BLOCK_K == 0:
-                a = tl.load(token_rows[:, None] + (k0 + k)[None, :])
-                low = tl.dot(a, tl.trans(tl.load(low_rows[:, None] + (k0 + k)[None, :])), low)
-                if HIGH > 0:
-                    high = tl.dot(a, tl.trans(tl.load(high_rows[:, None] + (k0 + k)[None, :])), high)
-            else:
-                inside = (k0 + k)[None, :] < HIDDEN
-                a = tl.load(token_rows[:, None] + (k0 + k)[None, :], mask=inside, other=0.0)
-                low = tl.dot(a, tl.trans(tl.load(low_rows[:, None] + (k0 + k)[None, :], mask=inside, other=0.0)), low)
-                if HIGH > 0:
-                    high = tl.dot(a, tl.trans(tl.load(high_rows[:, None] + (k0 + k)[None, :], mask=inside, other=0.0)), high)
+            a = load_block(token_rows, k0, k, HIDDEN, BLOCK_K)
+            low = tl.dot(a, tl.trans(load_block(low_rows, k0, k, HIDDEN, BLOCK_K)), low)
+            if HIGH > 0:
+                high = tl.dot(a, tl.trans(load_block(high_rows, k0, k, HIDDEN, BLOCK_K)), high)
         token_scale = tl.load(token_scales + token)
         channel_scales = w13_scales + expert * (2 * INTERMEDIATE)
         low_gate, low_up = tl.split(tl.reshape(low, (BLOCK_M, LOW, 2)))
@@ -229,9 +213,7 @@ def gemm1_stream_kernel(
     pid = tl.program_id(0)
     if pid < num_tiles * BLOCKS_N:
         tile, block_n = locate(pid, num_tiles, BLOCKS_N, GROUP)
-        expert = tl.load(tiles + tile).to(tl.int64)
-        first_row = tl.load(tiles + max_tiles + tile)
-        size = tl.load(tiles + 2 * max_tiles + tile)
+        expert, first_row, size = read_tile(tiles, max_tiles, tile)
         m = tl.arange(0, BLOCK_M)
         token = tl.load(rows + first_row + tl.where(m < size, m, 0)) // TOP_K
         token_rows = tokens + token.to(tl.int64) * HIDDEN
@@ -242,15 +224,9 @@ def gemm1_stream_kernel(
         gate = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         up = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for k0 in range(0, HIDDEN, BLOCK_K):
-            if HIDDEN % BLOCK_K == 0:
-                x = tl.trans(tl.load(token_rows[:, None] + (k0 + k)[None, :]))
-                gate_w = tl.load(gate_rows[:, None] + (k0 + k)[None, :])
-                up_w = tl.load(gate_rows[:, None] + INTERMEDIATE * HIDDEN + (k0 + k)[None, :])
-            else:
-                inside = (k0 + k)[None, :] < HIDDEN
-                x = tl.trans(tl.load(token_rows[:, None] + (k0 + k)[None, :], mask=inside, other=0.0))
-                gate_w = tl.load(gate_rows[:, None] + (k0 + k)[None, :], mask=inside, other=0.0)
-                up_w = tl.load(gate_rows[:, None] + INTERMEDIATE * HIDDEN + (k0 + k)[None, :], mask=inside, other=0.0)
+            x = tl.trans(load_block(token_rows, k0, k, HIDDEN, BLOCK_K))
+            gate_w = load_block(gate_rows, k0, k, HIDDEN, BLOCK_K)
+            up_w = load_block(gate_rows + INTERMEDIATE * HIDDEN, k0, k, HIDDEN, BLOCK_K)
             gate = tl.dot(gate_w, x, gate)
             up = tl.dot(up_w, x, up)
         token_scale = tl.load(token_scales + token)[None, :]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import begin, prefetch, quantisation_scale, to_fp8
+from .common import begin, load_block, prefetch, quantisation_scale, read_tile, to_fp8
 
 
 @triton.jit
@@ -121,9 +121,7 @@ def gemm2_tile(
     EARLY: the launch before was not the one that made `act`, so its rows may be read before that one ends. PREFETCH:
     lines of 128 bytes of the weights to ask for before waiting, 0 for none.
     """
-    expert = tl.load(tiles + tile).to(tl.int64)
-    first_row = tl.load(tiles + max_tiles + tile)
-    size = tl.load(tiles + 2 * max_tiles + tile)
+    expert, first_row, size = read_tile(tiles, max_tiles, tile)
     m = tl.arange(0, BLOCK_M)
     real = m < size
     pair = tl.load(rows + first_row + tl.where(real, m, 0))
@@ -273,9 +271,7 @@ def gemm2_loop_kernel(
         group = tl.minimum(num_tiles - first_tile, GROUP)
         inside_group = pid - first_tile * blocks
         tile = first_tile + inside_group % group
-        expert = tl.load(tiles + tile).to(tl.int64)
-        first_row = tl.load(tiles + max_tiles + tile)
-        size = tl.load(tiles + 2 * max_tiles + tile)
+        expert, first_row, size = read_tile(tiles, max_tiles, tile)
         m = tl.arange(0, BLOCK_M)
         real = m < size
         row = first_row + tl.where(real, m, 0)
@@ -290,13 +286,8 @@ def gemm2_loop_kernel(
         else:
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k0 in range(0, INTERMEDIATE, BLOCK_K):
-            if INTERMEDIATE % BLOCK_K == 0:
-                a = tl.load(a_rows[:, None] + (k0 + k)[None, :])
-                w = tl.load(w_rows[:, None] + (k0 + k)[None, :])
-            else:
-                inside = (k0 + k)[None, :] < INTERMEDIATE
-                a = tl.load(a_rows[:, None] + (k0 + k)[None, :], mask=inside, other=0.0)
-                w = tl.load(w_rows[:, None] + (k0 + k)[None, :], mask=inside, other=0.0)
+            a = load_block(a_rows, k0, k, INTERMEDIATE, BLOCK_K)
+            w = load_block(w_rows, k0, k, INTERMEDIATE, BLOCK_K)
             if SWAP:
                 acc = tl.dot(w, tl.trans(a), acc)
             else:
