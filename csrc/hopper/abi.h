@@ -5,7 +5,7 @@
 namespace glm_hopper {
 
 // Grows whenever a name, an argument or a rule below changes; the host refuses a cubin built from another number.
-constexpr int abi_version = 2;
+constexpr int abi_version = 3;
 
 // CUtensorMap as the device sees it: 128 opaque bytes made by cuTensorMapEncodeTiled, passed by value as a
 // `const __grid_constant__` argument. Host code passes its CUtensorMap; size and alignment are the same.
@@ -14,8 +14,8 @@ struct alignas(64) TensorMap {
 };
 
 // ---------------------------------------------------------------------------------------------- tensor maps
-// All: element type UINT8, interleave NONE, swizzle 128B, l2Promotion 128B (256B for weights is worth a try),
-// oobFill NONE (zeros), elementStrides 1. dims and box are innermost first; strides are those of dims 1 … rank−1.
+// All: element type UINT8, interleave NONE, swizzle as wide as the box (128B or 64B), l2Promotion 128B (256B for weights is worth
+// a try), oobFill NONE (zeros), elementStrides 1. dims and box are innermost first; strides are those of dims 1 … rank−1.
 // K = hidden_size, N = intermediate_size, E = experts, P = pairs (tokens × top_k; rows of the activation buffer).
 // `expert stride` is stride(0) of the weight tensor in bytes. Every stride must be a multiple of 16, every base of 16.
 enum class Map : int {
@@ -24,6 +24,8 @@ enum class Map : int {
     w13_interleaved,  // dims {K, 8, 2, N/8, E} strides {K, N·K, 8·K, expert} box {128, 8, 2, 4, 1}
     act_rows,         // dims {N, P}           strides {N}                  box {128, 128}
     w2_rows,          // dims {N, K, E}        strides {N, expert}          box {128, 128, 1}
+    act_steps,        // dims {64, P, N/64}    strides {N, 64}              box {64, 8, 3}
+    w2_steps,         // dims {64, K, N/64, E} strides {N, 64, expert}      box {64, 64, 3, 1}
 };
 
 struct MapShape {
@@ -37,6 +39,8 @@ constexpr MapShape map_shapes[] = {
     {Map::w13_interleaved, 5, {128, 8, 2, 4, 1}},
     {Map::act_rows, 2, {128, 128, 0, 0, 0}},
     {Map::w2_rows, 3, {128, 128, 1, 0, 0}},
+    {Map::act_steps, 3, {64, 8, 3, 0, 0}},
+    {Map::w2_steps, 4, {64, 64, 3, 1, 0}},
 };
 
 // ---------------------------------------------------------------------------------------------- arguments
@@ -58,6 +62,11 @@ constexpr MapShape map_shapes[] = {
 //     tiles: of several bands are listed band by band, and none has rows of two.
 //     band_tiles: [bands] int32, the first tile of each band; not read where there is one.
 //     counters: 3 + 2 · bands · ceil(K / slice) int32 zeros, and zeros again afterwards: counts + 3, where routing.py has 2049.
+// Family::gemm2_stationary (glm_gemm2_stationary_*): GEMM2 and the top-k sum in one launch, the sums in shared memory.
+//     TensorMap act_steps, TensorMap w2_steps, const float* act_scales [P], const float* w2_scales [E, K],
+//     const float* topk_weights [P], bf16* out [M, K], const int* rows [P], const int* tiles, const int* counts,
+//     const int* band_tiles, int tokens, int max_tiles, int hidden_size, int intermediate_size, int top_k
+//     tiles, band_tiles: as of gemm2, in bands of the kernel's `band` tokens. A token's rows of one expert may be several.
 // Family::gemm1_decode (glm_gemm1_decode_*):
 //     TensorMap w13_interleaved, const u8* tokens [M, K] FP8, const float* token_scales [M], const float* w13_scales,
 //     bf16* act [P, N], const int* rows, const int* tiles, const int* counts, int max_tiles, int hidden_size,
@@ -68,12 +77,13 @@ constexpr MapShape map_shapes[] = {
 // Family::sum (glm_topk_sum): out = Σ over a token's valid choices, choice 0 first, fp32.
 //     const bf16* partial [P, K], const int* local_ids [P], bf16* out [M, K], int tokens, int hidden_size, int experts,
 //     int top_k
-enum class Family : int { gemm1 = 0, gemm2, gemm1_decode, gemm2_decode, sum };
+enum class Family : int { gemm1 = 0, gemm2, gemm1_decode, gemm2_decode, sum, gemm2_stationary };
 
 // Sizes any kernel can serve; `supports()` on the host is this and compute capability 9.0.
 //   hidden_size % 256 == 0; intermediate_size % 192 == 0; intermediate_size == 192 for glm_gemm1_row_*;
 //   intermediate_size ≤ 1536 for glm_gemm2_decode_*; slice % tile_columns == 0, hidden_size % slice == 0, slots ≥ 1,
-//   and slots ≥ 2 where hidden_size > slice or there are several bands; band % 32 == 0 then.
+//   and slots ≥ 2 where hidden_size > slice or there are several bands; band % 32 == 0 then. glm_gemm2_stationary_* has neither
+//   slice nor slots; band is its own where there are more tokens than that, else 0 or as many as there are or more.
 
 // ---------------------------------------------------------------------------------------------- launches
 enum class Grid : int {
@@ -94,6 +104,7 @@ struct Kernel {
     int stage_bytes;
     bool programmatic;  // may be launched with PROGRAMMATIC_STREAM_SERIALIZATION (it calls griddepcontrol)
     Map maps[2];
+    int band = 0;  // tokens of a band, where the kernel and not the caller says it
 };
 
 constexpr Kernel kernels[] = {
@@ -104,6 +115,8 @@ constexpr Kernel kernels[] = {
     {"glm_gemm1_exact_c1", "gemm1_prefill.cu", Family::gemm1, Grid::persistent, 384, 1, 128, 96, 5, 40960, false, {Map::w13_rows, Map::none}},
     {"glm_gemm2_sum_n128", "gemm2_prefill.cu", Family::gemm2, Grid::persistent, 512, 1, 128, 128, 6, 32768, false, {Map::act_rows, Map::w2_rows}},
     {"glm_gemm2_sum_n256", "gemm2_prefill.cu", Family::gemm2, Grid::persistent, 512, 1, 128, 256, 4, 49152, false, {Map::act_rows, Map::w2_rows}},
+    {"glm_gemm2_stationary_t640", "gemm2_stationary.cu", Family::gemm2_stationary, Grid::persistent, 384, 1, 48, 64, 3, 21504, false, {Map::act_steps, Map::w2_steps}, 640},
+    {"glm_gemm2_stationary_t512", "gemm2_stationary.cu", Family::gemm2_stationary, Grid::persistent, 384, 1, 48, 64, 4, 21504, false, {Map::act_steps, Map::w2_steps}, 512},
     {"glm_gemm1_decode_t8", "gemm1_decode.cu", Family::gemm1_decode, Grid::persistent, 256, 1, 8, 32, 20, 9216, true, {Map::w13_interleaved, Map::none}},
     {"glm_gemm1_decode_t16", "gemm1_decode.cu", Family::gemm1_decode, Grid::persistent, 256, 1, 16, 32, 18, 10240, true, {Map::w13_interleaved, Map::none}},
     {"glm_gemm1_decode_t32", "gemm1_decode.cu", Family::gemm1_decode, Grid::persistent, 256, 1, 32, 64, 9, 20480, true, {Map::w13_interleaved, Map::none}},
@@ -115,7 +128,8 @@ constexpr Kernel kernels[] = {
     {"glm_topk_sum", "topk_sum.cu", Family::sum, Grid::per_vector, 256, 1, 0, 8, 0, 0, true, {Map::none, Map::none}},
 };
 
-// Barriers, scales and item numbers lie in this many bytes behind the stages; the first stage is aligned to 1024 by hand.
+// Barriers, scales and item numbers lie in this many bytes behind the stages; the first stage is aligned to 1024 by hand (to 512,
+// within these, where rows are of 64 bytes).
 constexpr int shared_extra = 4096;
 
 #ifdef __CUDACC__
@@ -137,6 +151,9 @@ GLM_BOTH_SIDES int gemm2_decode_consumers(int stages, int stage_bytes, int tile_
 // Dynamic shared memory of a launch.
 constexpr int shared_bytes(const Kernel& kernel, int intermediate_size) {
     if (kernel.family == Family::sum) return 0;
+    if (kernel.family == Family::gemm2_stationary) {  // the sums are fp32
+        return kernel.stages * kernel.stage_bytes + kernel.band * kernel.tile_columns * 4 + shared_extra;
+    }
     int bytes = kernel.stages * kernel.stage_bytes + shared_extra + 1024;
     if (kernel.family == Family::gemm2_decode)
         bytes += gemm2_decode_consumers(kernel.stages, kernel.stage_bytes, kernel.tile_rows, intermediate_size) *

@@ -15,6 +15,11 @@ constexpr int mma_k = 32;
 GLM_HD u64 descriptor(u32 address) {
     return static_cast<u64>((address & 0x3ffffu) >> 4) | (u64{1} << 16) | (u64{atom_bytes >> 4} << 32) | (u64{1} << 62);
 }
+// The same where rows are 64 bytes under the 64-byte swizzle (layout 2): `address` a multiple of 512, plus the step inside the
+// row, and `stride` bytes, a multiple of 512 too, from one 8 rows to the next.
+GLM_HD u64 descriptor_64(u32 address, u32 stride) {
+    return static_cast<u64>((address & 0x3ffffu) >> 4) | (u64{1} << 16) | (u64{stride >> 4} << 32) | (u64{2} << 62);
+}
 // One K step of 32 bytes further along the row.
 constexpr u64 descriptor_step = mma_k >> 4;
 

@@ -22,6 +22,9 @@ struct alignas(8) Float2 {
 struct alignas(8) Vector2 {
     u32 word[2];
 };
+struct alignas(16) Float4 {
+    float x, y, z, w;
+};
 
 }  // namespace glm_hopper
 
@@ -80,6 +83,7 @@ struct WaitLimit {
 GLM_DEVICE int warp_uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
 GLM_DEVICE u32 shuffle_xor(u32 value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 GLM_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+GLM_DEVICE int shuffle(int value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
 GLM_DEVICE void warp_sync() { __syncwarp(); }
 
 // Shared memory goes by 32-bit addresses.
@@ -105,6 +109,11 @@ GLM_DEVICE Vector4 load_shared_16(u32 address) {
                  : "memory");
     return v;
 }
+GLM_DEVICE Float4 load_shared_floats(u32 address) {
+    Float4 v;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address) : "memory");
+    return v;
+}
 GLM_DEVICE void store_shared_int(u32 address, int value) {
     asm volatile("st.shared.s32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
@@ -116,6 +125,9 @@ GLM_DEVICE void store_shared_u16(u32 address, u16 value) {
 }
 GLM_DEVICE void store_shared_8(u32 address, Vector2 v) {
     asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(v.word[0]), "r"(v.word[1]) : "memory");
+}
+GLM_DEVICE void store_shared_floats(u32 address, Float4 v) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
 }
 
 // Global memory. `fresh` goes to L2 past L1: data that other SMs wrote during this launch.
@@ -194,6 +206,7 @@ GLM_DEVICE float larger(float a, float b) { return fmaxf(a, b); }
 GLM_DEVICE float smaller(float a, float b) { return fminf(a, b); }
 GLM_DEVICE float magnitude(float a) { return fabsf(a); }
 GLM_DEVICE float bits_to_float(u32 bits) { return __uint_as_float(bits); }
+GLM_DEVICE u32 float_to_bits(float a) { return __float_as_uint(a); }
 
 // Two floats → two E4M3 in a 16-bit word, the first in the low byte; to nearest even, clamped to ±448.
 GLM_DEVICE u16 pack_fp8(float first, float second) {

@@ -26,6 +26,14 @@ GLM_DEVICE void copy_box(u32 target, const TensorMap& map, u32 barrier, int c0, 
         : "memory");
 }
 
+GLM_DEVICE void copy_box(u32 target, const TensorMap& map, u32 barrier, int c0, int c1, int c2, int c3) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        " [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(target),
+        "l"(reinterpret_cast<u64>(&map)), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+        : "memory");
+}
+
 GLM_DEVICE void copy_box(u32 target, const TensorMap& map, u32 barrier, int c0, int c1, int c2, int c3, int c4) {
     asm volatile(
         "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"

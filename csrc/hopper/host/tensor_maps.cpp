@@ -26,6 +26,8 @@ const char* name_of(Map map) {
     case Map::w13_interleaved: return "w13_interleaved";
     case Map::act_rows: return "act_rows";
     case Map::w2_rows: return "w2_rows";
+    case Map::act_steps: return "act_steps";
+    case Map::w2_steps: return "w2_steps";
     case Map::none: break;
   }
   return "none";
@@ -40,6 +42,8 @@ Extents extents_of(const MapKey& key) {
     case Map::w13_interleaved: return {{k, 8, 2, n / 8, rows}, {k, n * k, 8 * k, stride}};
     case Map::act_rows: return {{n, rows}, {n}};
     case Map::w2_rows: return {{n, k, rows}, {n, stride}};
+    case Map::act_steps: return {{64, rows, n / 64}, {n, 64}};
+    case Map::w2_steps: return {{64, k, n / 64, rows}, {n, 64, stride}};
     case Map::none: break;
   }
   return {};
@@ -74,7 +78,7 @@ Result encode(const Driver& driver, const MapKey& key, TensorMap* out, std::stri
   alignas(128) TensorMap made;  // cuda.h asks for 64 in CUDA 12, for 128 in 13
   const Result result =
       driver.encode_tiled(&made, kUint8, unsigned(shape->rank), const_cast<void*>(std::get<const void*>(key)), extents.dims, extents.strides, box,
-                          ones, kInterleaveNone, kSwizzle128, promotion, kFillZeros);
+                          ones, kInterleaveNone, box[0] == 64 ? kSwizzle64 : kSwizzle128, promotion, kFillZeros);
   if (result != kSuccess)
     *error = describe(key, *shape) + ": " + driver.text_of(result);
   else
@@ -87,8 +91,10 @@ Result encode(const Driver& driver, const MapKey& key, TensorMap* out, std::stri
 MapKey key_of(Map map, const GlmHopperLayer& layer) {
   const int pairs = layer.tokens_count * layer.top_k, promotion = layer.weight_promotion == 256 ? 256 : 128;
   switch (map) {
-    case Map::act_rows: return {map, layer.act_quantised, layer.hidden_size, layer.intermediate_size, pairs, 0, 128};
+    case Map::act_rows:
+    case Map::act_steps: return {map, layer.act_quantised, layer.hidden_size, layer.intermediate_size, pairs, 0, 128};
     case Map::w2_rows:
+    case Map::w2_steps:
       return {map, layer.w2, layer.hidden_size, layer.intermediate_size, layer.experts, layer.w2_stride, promotion};
     default: return {map, layer.w13, layer.hidden_size, layer.intermediate_size, layer.experts, layer.w13_stride, promotion};
   }

@@ -24,6 +24,7 @@
 #define GEMM2_PREFILL 3
 #define GEMM2_DECODE 4
 #define TOPK_SUM 5
+#define GEMM2_STATIONARY 6
 #if CHECK_FILE(GEMM1_PREFILL)
 #include "gemm1_prefill.cu"
 #endif
@@ -32,6 +33,9 @@
 #endif
 #if CHECK_FILE(GEMM2_PREFILL)
 #include "gemm2_prefill.cu"
+#endif
+#if CHECK_FILE(GEMM2_STATIONARY)
+#include "gemm2_stationary.cu"
 #endif
 #if CHECK_FILE(GEMM2_DECODE)
 #include "gemm2_decode.cu"
@@ -52,7 +56,7 @@ struct Options {
     std::map<std::string, int> values = {
         {"tokens", 40}, {"hidden", 256},  {"width", 192}, {"experts", 3}, {"top_k", 2},  {"grid", 3}, {"seed", 1},
         {"slice", 256}, {"slots", 2},     {"resident", 0}, {"timing", 2}, {"skew", 0},   {"invalid", 10},
-        {"band", 0},  {"silent", 0},
+        {"band", 0},  {"silent", 0},  {"schedule", 0},
     };
     int operator[](const char* key) const { return values.at(key); }
 };
@@ -94,13 +98,14 @@ struct Problem {
 
     Problem(const Options& options, const Kernel& k)
         : o(options), kernel(k), tokens(o["tokens"]), hidden(o["hidden"]), width(o["width"]), experts(o["experts"]),
-          top_k(o["top_k"]), pairs(tokens * top_k), band(o["band"] ? std::min(o["band"], tokens) : tokens),
+          top_k(o["top_k"]), pairs(tokens * top_k), band(of_kernel(k.band ? k.band : o["band"])),
           bands((tokens + band - 1) / band),
           max_tiles(pairs / std::max(k.tile_rows, 1) + std::min(experts * bands, pairs) + 1), random(o["seed"]),
           local_ids(pairs), rows(pairs), tiles(3 * max_tiles), counts(4 + 2048), band_tiles(bands > 1 ? bands : 0) {
         route();
     }
 
+    int of_kernel(int wanted) const { return wanted ? std::min(wanted, tokens) : tokens; }
     float normal() { return std::normal_distribution<float>()(random); }
     u8 code() {  // any finite FP8 code, small ones likelier
         const u8 c = fp8_code(normal() * 2.0f);
@@ -153,7 +158,7 @@ struct Problem {
                                                  : (tokens * hidden / 8 + kernel.block - 1) / kernel.block;
         l.shared_bytes = shared_bytes(kernel, width);
         if (o["resident"]) l.resident = o["resident"];
-        l.seed = o["seed"];
+        l.seed = o["schedule"] ? o["schedule"] : o["seed"];
         l.copies = l.products = static_cast<emulate::Timing>(o["timing"]);
         return l;
     }
@@ -290,10 +295,7 @@ struct Gemm2Check {
     }();
 };
 
-bool check_gemm2(Problem& p) {
-    Gemm2Check check(p);
-    Buffer<u8> act(static_cast<size_t>(p.pairs) * p.width, 0x7f);
-    Buffer<float> act_scales(p.pairs);
+void make_rows(Problem& p, Gemm2Check& check, Buffer<u8>& act, Buffer<float>& act_scales) {
     for (int row = 0; row < p.valid; ++row) {
         act_scales[row] = p.scale();
         for (int c = 0; c < p.width; ++c) {
@@ -302,6 +304,64 @@ bool check_gemm2(Problem& p) {
             check.row[static_cast<size_t>(row) * p.width + c] = fp8_value(code) * static_cast<double>(act_scales[row]);
         }
     }
+}
+
+// partial_loss: what a product may be off by before it is added, of its size.
+bool compare_sums(Problem& p, Gemm2Check& check, Buffer<u16>& out, double partial_loss) {
+    std::vector<int> grouped(p.pairs, -1);
+    for (int row = 0; row < p.valid; ++row) grouped[p.rows[row]] = row;
+    Report report{"out"};
+    for (int token = 0; token < p.tokens; ++token) {
+        for (int column = 0; column < p.hidden; ++column) {
+            double sum = 0, size = 0;
+            for (int choice = 0; choice < p.top_k; ++choice) {
+                const int row = grouped[token * p.top_k + choice];
+                if (row < 0) continue;
+                const double value = check.product(row, column);
+                sum += value;
+                size += std::fabs(value);
+            }
+            report.compare(bf16_value(out[static_cast<size_t>(token) * p.hidden + column]), sum, size * partial_loss + std::fabs(sum) / 256 + 1e-6, token, column);
+        }
+    }
+    return report.done();
+}
+
+bool check_gemm2_stationary(Problem& p) {
+    Gemm2Check check(p);
+    Buffer<u8> act(static_cast<size_t>(p.pairs) * p.width, 0x7f);
+    Buffer<float> act_scales(p.pairs);
+    make_rows(p, check, act, act_scales);
+    Buffer<u16> out(static_cast<size_t>(p.tokens) * p.hidden);
+    const long long k = p.hidden, n = p.width;
+    const emulate::MapFields act_fields{act.data, 3, {64, p.pairs, n / 64}, {0, n, 64}, {64, 8, 3}};
+    const emulate::MapFields w2_fields{check.w2.data, 4, {64, k, n / 64, p.experts}, {0, n, 64, n * k}, {64, 64, 3, 1}};
+    const TensorMap act_map = emulate::encode(&act_fields), w2_map = emulate::encode(&w2_fields);
+    const std::string name = p.kernel.name;
+    emulate::run(p.launch(), [&] {
+#define CALL(entry)                                                                                                              \
+    if (name == #entry)                                                                                                          \
+    return entry(act_map, w2_map, act_scales.data, check.w2_scales.data, check.topk_weights.data, out.data, p.rows.data,         \
+                 p.tiles.data, p.counts.data, p.band_tiles.data, p.tokens, p.max_tiles, p.hidden, p.width, p.top_k)
+#if CHECK_FILE(GEMM2_STATIONARY)
+        CALL(glm_gemm2_stationary_t640);
+        CALL(glm_gemm2_stationary_t512);
+#endif
+#undef CALL
+        emulate::fail("no such entry");
+    });
+    // Sums are made in one order, so the bits are the same whatever the timing and the grid: test_emulated_kernels.py compares.
+    unsigned long long bits = 14695981039346656037ull;
+    for (size_t i = 0; i < out.count; ++i) bits = (bits ^ out[i]) * 1099511628211ull;
+    std::printf("bits %016llx\n", bits);
+    return compare_sums(p, check, out, 1e-5);
+}
+
+bool check_gemm2(Problem& p) {
+    Gemm2Check check(p);
+    Buffer<u8> act(static_cast<size_t>(p.pairs) * p.width, 0x7f);
+    Buffer<float> act_scales(p.pairs);
+    make_rows(p, check, act, act_scales);
     const int slice = p.o["slice"], slots = p.o["slots"];
     Buffer<u16> partial(static_cast<size_t>(slots) * p.band * p.top_k * slice), out(static_cast<size_t>(p.tokens) * p.hidden);
     const long long k = p.hidden, n = p.width;
@@ -322,24 +382,9 @@ bool check_gemm2(Problem& p) {
 #undef CALL
         emulate::fail("no such entry");
     });
-    std::vector<int> grouped(p.pairs, -1);
-    for (int row = 0; row < p.valid; ++row) grouped[p.rows[row]] = row;
-    Report report{"out"}, counters{"counters after"};
+    Report counters{"counters after"};
     for (int i = 3; i < 4 + 2048; ++i) counters.compare(p.counts[i], 0, 0, i, 0);
-    for (int token = 0; token < p.tokens; ++token) {
-        for (int column = 0; column < p.hidden; ++column) {
-            double sum = 0, size = 0;
-            for (int choice = 0; choice < p.top_k; ++choice) {
-                const int row = grouped[token * p.top_k + choice];
-                if (row < 0) continue;
-                const double value = check.product(row, column);
-                sum += value;
-                size += std::fabs(value);
-            }
-            report.compare(bf16_value(out[static_cast<size_t>(token) * p.hidden + column]), sum, size / 256 + std::fabs(sum) / 256 + 1e-6, token, column);
-        }
-    }
-    return report.done() & counters.done();
+    return compare_sums(p, check, out, 1.0 / 256) & counters.done();
 }
 
 bool check_gemm2_decode(Problem& p) {
@@ -438,6 +483,7 @@ int main(int count, char** words) {
         case Family::gemm1:
         case Family::gemm1_decode: return !check_gemm1(problem);
         case Family::gemm2: return !check_gemm2(problem);
+        case Family::gemm2_stationary: return !check_gemm2_stationary(problem);
         case Family::gemm2_decode: return !check_gemm2_decode(problem);
         case Family::sum: return !check_sum(problem);
     }

@@ -262,17 +262,19 @@ void launch_copy(std::function<void()> copy) {
     }
 }
 
-// 128-byte swizzle: chunk of 16 bytes ^= row of 128 bytes within 1024, both taken from the address.
-u32 place(u32 linear) {
-    const u32 chunk = linear / 16 % 8, row = linear / 128 % 8;
-    return linear / 128 * 128 + (chunk ^ row) * 16 + linear % 16;
+// 128-byte swizzle: chunk of 16 bytes ^= row of 128 bytes within 1024, both taken from the address. The 64-byte one: chunk among
+// 4 ^= row of 128 bytes within 512.
+u32 place(u32 linear, u32 width) {
+    const u32 chunks = width / 16, chunk = linear / 16 % chunks, row = linear / 128 % chunks;
+    return linear / width * width + (chunk ^ row) * 16 + linear % 16;
 }
 
 void copy_tensor_box(u32 blocks, u32 target, const TensorMap& map, u32 barrier, std::vector<int> corner) {
     const MapFields& m = *reinterpret_cast<const MapFields*>(map.opaque[0]);
     if (static_cast<int>(corner.size()) != m.rank) fail("a box of rank %zu of a map of rank %d", corner.size(), m.rank);
-    if (target % 1024) fail("swizzled box at shared address %u, want a multiple of 1024", target);
-    if (m.box[0] != 128 || corner[0] % 16) fail("inner box %d at %d", m.box[0], corner[0]);
+    const u32 width = m.box[0];
+    if ((width != 64 && width != 128) || corner[0] % 16) fail("inner box %u at %d", width, corner[0]);
+    if (target % (8 * width)) fail("swizzled box at shared address %u, want a multiple of %u", target, 8 * width);
     u32 rows = 1;
     for (int i = 1; i < m.rank; ++i) rows *= m.box[i];
     Cluster& cluster = *current->block->cluster;
@@ -281,7 +283,7 @@ void copy_tensor_box(u32 blocks, u32 target, const TensorMap& map, u32 barrier, 
         if (blocks >> rank & 1) targets.push_back(cluster.blocks[rank].get());
     }
     if (blocks >> cluster.blocks.size()) fail("multicast to blocks %x of a cluster of %zu", blocks, cluster.blocks.size());
-    std::vector<u8> data(rows * 128);
+    std::vector<u8> data(rows * width);
     for (u32 row = 0; row < rows; ++row) {
         const u8* from = m.base;
         bool inside = true;
@@ -292,19 +294,19 @@ void copy_tensor_box(u32 blocks, u32 target, const TensorMap& map, u32 barrier, 
             inside = inside && at >= 0 && at < m.dims[i];
             from += at * m.strides[i];
         }
-        for (int byte = 0; byte < 128; ++byte) {
+        for (int byte = 0; byte < static_cast<int>(width); ++byte) {
             const i64 at = corner[0] + byte;
-            if (inside && at >= 0 && at < m.dims[0]) data[row * 128 + byte] = from[at];
+            if (inside && at >= 0 && at < m.dims[0]) data[row * width + byte] = from[at];
         }
     }
-    for (Block* block : targets) std::memset(shared_at(*block, target, rows * 128), poison, rows * 128);
+    for (Block* block : targets) std::memset(shared_at(*block, target, rows * width), poison, rows * width);
     for (Block* block : targets) {
-        launch_copy([block, target, rows, barrier, data] {
+        launch_copy([block, target, rows, width, barrier, data] {
             if (block->running == 0) fail("a box lands in block %d, which has ended", block->index);
-            for (u32 i = 0; i < rows * 128; ++i) *shared_at(*block, place(target + i), 1) = data[i];
-            for (u32 granule = 0; granule < rows * 8; ++granule) block->granules[(target - shared_start) / 16 + granule] = {};
+            for (u32 i = 0; i < rows * width; ++i) *shared_at(*block, place(target + i, width), 1) = data[i];
+            for (u32 granule = 0; granule < rows * width / 16; ++granule) block->granules[(target - shared_start) / 16 + granule] = {};
             Barrier& counted = barrier_at(*block, barrier);
-            counted.bytes -= rows * 128;
+            counted.bytes -= rows * width;
             settle(counted);
             world->progress = true;
         });
@@ -313,12 +315,13 @@ void copy_tensor_box(u32 blocks, u32 target, const TensorMap& map, u32 barrier, 
 
 // Bytes (r, 0 … 31) of an operand, checked for the proxy fence.
 void read_row(u64 operand, int row, u8 (&bytes)[32]) {
-    if (operand >> 62 != 1 || (operand >> 49 & 7) != 0) fail("descriptor %llx: not the 128-byte swizzle", operand);
+    const u32 layout = operand >> 62, width = layout == 1 ? 128 : 64;
+    if ((layout != 1 && layout != 2) || (operand >> 49 & 7) != 0) fail("descriptor %llx: neither the 128-byte swizzle nor the 64-byte one", operand);
     const u32 start = (operand & 0x3fff) << 4, stride = (operand >> 32 & 0x3fff) << 4;
-    const u32 linear = start + row / 8 * stride + row % 8 * 128;
+    const u32 linear = start + row / 8 * stride + row % 8 * width;
     Block& block = *current->block;
     for (int half = 0; half < 2; ++half) {
-        const u32 address = place(linear + 16 * half);
+        const u32 address = place(linear + 16 * half, width);
         std::memcpy(bytes + 16 * half, shared_at(block, address, 16), 16);
         const Granule& granule = block.granules[(address - shared_start) / 16];
         if (granule.writer && current->fence_time <= granule.time && granule.writer->fence_time <= granule.time) {
@@ -622,15 +625,23 @@ float shuffle_xor(float value, int mask) {
     std::memcpy(&word, &value, 4);
     return bits_to_float(shuffle_xor(word, mask));
 }
+int shuffle(int value, int lane) { return static_cast<int>(exchange(static_cast<u32>(value), lane)); }
 void warp_sync() { meet(current->block->warps[current->thread / 32].meet, 32, "the warp"); }
 
 u32 shared_base() { return shared_start; }
 int load_shared_int(u32 address) { return load_shared<int>(address); }
 float load_shared_float(u32 address) { return load_shared<float>(address); }
+// Now and then others go on before the value is used: what is added to and stored back may have changed meanwhile.
+Float4 load_shared_floats(u32 address) {
+    const Float4 value = load_shared<Float4>(address);
+    wait_until([] { return true; }, "its turn after a load");
+    return value;
+}
 Vector4 load_shared_16(u32 address) { return load_shared<Vector4>(address); }
 void store_shared_int(u32 address, int value) { store_shared(address, value); }
 void store_shared_float(u32 address, float value) { store_shared(address, value); }
 void store_shared_u16(u32 address, u16 value) { store_shared(address, value); }
+void store_shared_floats(u32 address, Float4 value) { store_shared(address, value); }
 void store_shared_8(u32 address, Vector2 value) { store_shared(address, value); }
 
 template <class T>
@@ -678,6 +689,11 @@ float bits_to_float(u32 bits) {
     std::memcpy(&value, &bits, 4);
     return value;
 }
+u32 float_to_bits(float a) {
+    u32 bits;
+    std::memcpy(&bits, &a, 4);
+    return bits;
+}
 u16 pack_fp8(float first, float second) { return static_cast<u16>(fp8_code(first) | fp8_code(second) << 8); }
 u32 pack_bf16(float first, float second) { return bf16_bits(first) | static_cast<u32>(bf16_bits(second)) << 16; }
 
@@ -717,6 +733,9 @@ void copy_box(u32 target, const TensorMap& map, u32 barrier, int c0, int c1) {
 }
 void copy_box(u32 target, const TensorMap& map, u32 barrier, int c0, int c1, int c2) {
     copy_tensor_box(1u << current->block->rank, target, map, barrier, {c0, c1, c2});
+}
+void copy_box(u32 target, const TensorMap& map, u32 barrier, int c0, int c1, int c2, int c3) {
+    copy_tensor_box(1u << current->block->rank, target, map, barrier, {c0, c1, c2, c3});
 }
 void copy_box(u32 target, const TensorMap& map, u32 barrier, int c0, int c1, int c2, int c3, int c4) {
     copy_tensor_box(1u << current->block->rank, target, map, barrier, {c0, c1, c2, c3, c4});

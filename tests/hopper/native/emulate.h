@@ -25,7 +25,7 @@ struct MapFields {
     int rank;
     long long dims[5];
     long long strides[5];  // of dims 1 …, in bytes
-    int box[5];
+    int box[5];  // the first, 64 or 128, is also the width of the swizzle
 };
 glm_hopper::TensorMap encode(const MapFields* fields);
 
@@ -64,16 +64,19 @@ int cluster_rank();
 int warp_uniform(int value);
 u32 shuffle_xor(u32 value, int mask);
 float shuffle_xor(float value, int mask);
+int shuffle(int value, int lane);
 void warp_sync();
 
 u32 shared_base();
 int load_shared_int(u32 address);
 float load_shared_float(u32 address);
 Vector4 load_shared_16(u32 address);
+Float4 load_shared_floats(u32 address);
 void store_shared_int(u32 address, int value);
 void store_shared_float(u32 address, float value);
 void store_shared_u16(u32 address, u16 value);
 void store_shared_8(u32 address, Vector2 value);
+void store_shared_floats(u32 address, Float4 value);
 
 Vector4 load_fresh_16(const void* pointer);
 Vector4 load_16(const void* pointer);
@@ -108,6 +111,7 @@ float larger(float a, float b);
 float smaller(float a, float b);
 float magnitude(float a);
 float bits_to_float(u32 bits);
+u32 float_to_bits(float a);
 u16 pack_fp8(float first, float second);
 u32 pack_bf16(float first, float second);
 
@@ -126,6 +130,7 @@ void cluster_barrier();
 inline void prefetch_map(const TensorMap&) {}
 void copy_box(u32 target, const TensorMap& map, u32 barrier, int c0, int c1);
 void copy_box(u32 target, const TensorMap& map, u32 barrier, int c0, int c1, int c2);
+void copy_box(u32 target, const TensorMap& map, u32 barrier, int c0, int c1, int c2, int c3);
 void copy_box(u32 target, const TensorMap& map, u32 barrier, int c0, int c1, int c2, int c3, int c4);
 void copy_box_to(u32 blocks, u32 target, const TensorMap& map, u32 barrier, int c0, int c1, int c2);
 
