@@ -81,6 +81,18 @@ def checks() -> list[Case]:
                 Case("TP8", 16, f"glm_gemm1_{first}", gemm2, experts=1, routing="collapsed"),
                 Case("TP8", 700, f"glm_gemm1_{first}", gemm2, experts=16, routing="bad"),
             ]
+    third = ("glm_gemm2_stationary_t640", "glm_gemm2_stationary_t512")
+    for gemm2 in third:
+        cases += [
+            Case("TP8", 16, "glm_gemm1_row_c1", gemm2, experts=1, routing="collapsed"),
+            Case("TP8", 1500, "glm_gemm1_row_c1", gemm2, experts=16, routing="bad"),
+            Case("TP4", 700, "glm_gemm1_columns_c1", gemm2, experts=16),
+            Case("EP8", 1300, "glm_gemm1_columns_c1", gemm2),
+            Case("TP2", 700, "triton", gemm2, experts=16),
+            Case("TP1", 650, "triton", gemm2, experts=16, routing="skewed"),
+            Case("TP8", 8191, "triton", gemm2),
+            Case("TP8", 8192, "glm_gemm1_row_c1", gemm2, routing="skewed"),
+        ]
     for gemm2 in second:
         cases += [
             Case("TP4", 333, "glm_gemm1_columns_c1", gemm2, 512, 2, experts=16),
@@ -123,6 +135,9 @@ def timed(shape: str, tokens: int) -> list[Case]:
             if band < tokens
         ]
         cases += [Case(shape, tokens, "triton", "glm_gemm2_sum_n256", 256, 3, band=2048)]
+    if tokens >= 1024:
+        cases += [Case(shape, tokens, first[0], f"glm_gemm2_stationary_{band}") for band in ("t640", "t512")]
+        cases += [Case(shape, tokens, "triton", "glm_gemm2_stationary_t640")]
     return cases
 
 

@@ -66,7 +66,7 @@ constexpr MapShape map_shapes[] = {
 //     TensorMap act_steps, TensorMap w2_steps, const float* act_scales [P], const float* w2_scales [E, K],
 //     const float* topk_weights [P], bf16* out [M, K], const int* rows [P], const int* tiles, const int* counts,
 //     const int* band_tiles, int tokens, int max_tiles, int hidden_size, int intermediate_size, int top_k
-//     tiles, band_tiles: as of gemm2, in bands of the kernel's `band` tokens. A token's rows of one expert may be several.
+//     bands: of the kernel's `band` tokens; tiles and band_tiles as of gemm2. A token may have several rows of one expert.
 // Family::gemm1_decode (glm_gemm1_decode_*):
 //     TensorMap w13_interleaved, const u8* tokens [M, K] FP8, const float* token_scales [M], const float* w13_scales,
 //     bf16* act [P, N], const int* rows, const int* tiles, const int* counts, int max_tiles, int hidden_size,
@@ -128,9 +128,9 @@ constexpr Kernel kernels[] = {
     {"glm_topk_sum", "topk_sum.cu", Family::sum, Grid::per_vector, 256, 1, 0, 8, 0, 0, true, {Map::none, Map::none}},
 };
 
-// Barriers, scales and item numbers lie in this many bytes behind the stages; the first stage is aligned to 1024 by hand (to 512,
-// within these, where rows are of 64 bytes).
+// Barriers, scales and item numbers lie in this many bytes behind the stages; the first stage is aligned to 1024 by hand.
 constexpr int shared_extra = 4096;
+constexpr int stationary_extra = 3072;  // the same of glm_gemm2_stationary_*, tables and alignment to 512 included
 
 #ifdef __CUDACC__
 #define GLM_BOTH_SIDES __host__ __device__ constexpr
@@ -152,7 +152,7 @@ GLM_BOTH_SIDES int gemm2_decode_consumers(int stages, int stage_bytes, int tile_
 constexpr int shared_bytes(const Kernel& kernel, int intermediate_size) {
     if (kernel.family == Family::sum) return 0;
     if (kernel.family == Family::gemm2_stationary) {  // the sums are fp32
-        return kernel.stages * kernel.stage_bytes + kernel.band * kernel.tile_columns * 4 + shared_extra;
+        return kernel.stages * kernel.stage_bytes + kernel.band * kernel.tile_columns * 4 + stationary_extra;
     }
     int bytes = kernel.stages * kernel.stage_bytes + shared_extra + 1024;
     if (kernel.family == Family::gemm2_decode)

@@ -111,6 +111,7 @@ GLM_DEVICE void walk_tiles(const StationaryArguments& p, int items, int bands, i
 
 template <int BAND, int STAGES>
 GLM_DEVICE void gemm2_stationary(const TensorMap& act, const TensorMap& w2, const StationaryArguments& p) {
+    static_assert(preparers * table_bytes + 8 * (2 * STAGES + 2 * preparers + 4) + stationary_atom <= stationary_extra, "no room");
     static_assert(BAND % 32 == 0 && BAND * sums_pitch < 1u << rank_shift, "a pass of the output takes 32 tokens");
     // In order of their place in shared memory.
     const u32 ring = align_up(shared_base(), stationary_atom);

@@ -36,6 +36,12 @@ _CASES = [
     (8192, 192, 160, 160, "row_c1", "sum_n256", 256, 3, "spread", 2048),
     (8191, 192, 160, 160, "row_c1", "sum_n128", 256, 2, "skewed", 1024),
     (5000, 384, 40, 40, "columns_c1", "sum_n256", 512, 2, "bad", 1152),
+    (8192, 192, 160, 160, "row_c1", "stationary_t640", 0, 0, "spread"),
+    (8191, 192, 160, 160, "row_c1", "stationary_t512", 0, 0, "bad"),
+    (3000, 192, 160, 160, "row_c2", "stationary_t640", 0, 0, "collapsed"),
+    (2048, 384, 40, 40, "columns_c1", "stationary_t640", 0, 0, "skewed"),
+    (2048, 1536, 20, 160, "columns_c1", "stationary_t640", 0, 0, "spread"),
+    (700, 768, 16, 16, "columns_c1", "stationary_t512", 0, 0, "none"),
 ]
 
 

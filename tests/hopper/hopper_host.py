@@ -75,6 +75,7 @@ class TableRow:
     stage_bytes: int
     programmatic: bool
     maps: tuple[str, ...]
+    band: int
 
 
 @functools.cache
@@ -84,9 +85,9 @@ def table() -> tuple[TableRow, ...]:
         parts = [part.strip(' {}"') for part in line.strip(" ,").split(",")]
         numbers = [int(part) for part in parts[4:10]]
         maps = tuple(part.split("::")[1] for part in parts[11:13] if not part.endswith("::none"))
-        rows.append(
-            TableRow(parts[0], parts[1], parts[2].split("::")[1], parts[3].split("::")[1], *numbers, parts[10] == "true", maps)
-        )
+        band = int(parts[13]) if len(parts) > 13 else 0
+        words = parts[0], parts[1], parts[2].split("::")[1], parts[3].split("::")[1]
+        rows.append(TableRow(*words, *numbers, parts[10] == "true", maps, band))
     return tuple(rows)
 
 

@@ -15,7 +15,7 @@ from emulated import KERNELS
 
 REGISTERS = 65536  # of a multiprocessor
 SHARED = 232448  # bytes that a block may have on compute capability 9.0
-SOURCES = ("gemm1_prefill.cu", "gemm2_prefill.cu", "gemm1_decode.cu", "gemm2_decode.cu", "topk_sum.cu")
+SOURCES = ("gemm1_prefill.cu", "gemm2_prefill.cu", "gemm1_decode.cu", "gemm2_decode.cu", "gemm2_stationary.cu", "topk_sum.cu")
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,14 @@ class Entry:
     stages: int
     stage_bytes: int
     tile_rows: int
+    band: int
 
     def shared_bytes(self, intermediate_size: int) -> int:
         """abi.h's shared_bytes(), written again."""
         if self.family == "sum":
             return 0
+        if self.family == "gemm2_stationary":  # and the fp32 sums of a band × 64 columns
+            return self.stages * self.stage_bytes + 3072 + self.band * 64 * 4
         fixed = self.stages * self.stage_bytes + 4096 + 1024
         if self.family != "gemm2_decode":
             return fixed
@@ -44,12 +47,12 @@ class Entry:
 def entries() -> list[Entry]:
     """abi.h's table of kernels."""
     found = re.findall(
-        r'\{"(\w+)", "([\w.]+)", Family::(\w+), Grid::\w+, (\d+), \d+, (\d+), \d+, (\d+), (\d+),',
+        r'\{"(\w+)", "([\w.]+)", Family::(\w+), Grid::\w+, (\d+), \d+, (\d+), \d+, (\d+), (\d+), \w+, \{[^}]*\}(?:, (\d+))?\}',
         (KERNELS / "abi.h").read_text(),
     )
     return [
-        Entry(name, source, family, int(block), int(stages), int(stage_bytes), int(rows))
-        for name, source, family, block, rows, stages, stage_bytes in found
+        Entry(name, source, family, int(block), int(stages), int(stage_bytes), int(rows), int(band or 0))
+        for name, source, family, block, rows, stages, stage_bytes, band in found
     ]
 
 
@@ -107,7 +110,7 @@ def test_machine_code_has_the_instructions_meant(reports: dict[str, str]) -> Non
     for source in SOURCES:
         cubin = Path(reports["folder"]) / f"{source}.cubin"
         code[source] = subprocess.run([nvdisasm, "-c", cubin], capture_output=True, text=True, check=True, timeout=120).stdout
-    for source in SOURCES[:4]:
+    for source in SOURCES[:5]:
         assert "QGMMA" in code[source], f"{source} multiplies without wgmma"
         assert "UTMALDG" in code[source], f"{source} reads its weights without TMA"
         assert not re.search(r"\b(STL|LDL)\b", code[source]), f"{source} uses local memory"
@@ -120,6 +123,13 @@ def test_machine_code_has_the_instructions_meant(reports: dict[str, str]) -> Non
     for source in ("gemm2_prefill.cu", "topk_sum.cu"):
         assert "LDG.E.128.STRONG.GPU" in code[source]
         assert "STG.E.128" in code[source]
+    # Sums are added to 16 bytes at a time; of each stage's products one group, which is waited for at the next or at the end.
+    stationary = code["gemm2_stationary.cu"]
+    assert "QGMMA.64x64x32.F32.E4M3.E4M3" in stationary
+    assert "UTMALDG.4D" in stationary and "UTMALDG.3D" in stationary
+    for instruction in ("LDS.128", "STS.128", "STG.E.EF.128"):
+        assert instruction in stationary
+    assert stationary.count("QGMMA") >= 5 * stationary.count("WARPGROUP.DEPBAR")
     # Interleaved wgmma of one K step belong to one group: one wait a step, not one an instruction.
     waits = code["gemm1_prefill.cu"].count("WARPGROUP.DEPBAR")
     assert code["gemm1_prefill.cu"].count("QGMMA") >= 8 * waits / 2

@@ -36,6 +36,21 @@ _CASES = [
     ("glm_gemm2_sum_n128", {"tokens": 150, "hidden": 512, "slice": 128, "band": 32, "silent": 0b1010, "grid": 4}),
     ("glm_gemm2_sum_n128", {"tokens": 150, "hidden": 512, "slice": 128, "band": 32, "silent": 0b10111, "grid": 4}),
     ("glm_gemm2_sum_n128", {"tokens": 64, "hidden": 512, "slice": 256, "band": 64, "skew": 1}),
+    # Sums in shared memory: two bands, the second of 60 tokens, by one block and by several; one expert, whose rows fill many
+    # tiles; many experts of a few rows each; the same expert twice or more for a token; K of two, three and eight stages, of
+    # tiles that take turns in a ring of three; a band without a valid pair, and none with any; one token; as many as a band.
+    ("glm_gemm2_stationary_t640", {"tokens": 700, "resident": 1}),
+    ("glm_gemm2_stationary_t512", {"tokens": 1030, "top_k": 1, "experts": 5, "grid": 4}),
+    ("glm_gemm2_stationary_t640", {"tokens": 300, "experts": 1, "top_k": 1, "invalid": 0}),
+    ("glm_gemm2_stationary_t640", {"tokens": 100, "experts": 90, "grid": 2}),
+    ("glm_gemm2_stationary_t640", {"tokens": 60, "experts": 2, "top_k": 16}),
+    ("glm_gemm2_stationary_t640", {"tokens": 100, "width": 384, "skew": 1}),
+    ("glm_gemm2_stationary_t512", {"tokens": 520, "width": 576, "top_k": 1, "grid": 2}),
+    ("glm_gemm2_stationary_t640", {"tokens": 90, "width": 1536, "experts": 7}),
+    ("glm_gemm2_stationary_t512", {"tokens": 1500, "top_k": 1, "silent": 0b10, "grid": 7}),
+    ("glm_gemm2_stationary_t640", {"tokens": 650, "top_k": 1, "skew": 2}),
+    ("glm_gemm2_stationary_t640", {"tokens": 1, "top_k": 8, "grid": 9}),
+    ("glm_gemm2_stationary_t512", {"tokens": 512, "top_k": 1}),
     ("glm_gemm1_decode_t8", {"tokens": 9, "top_k": 8}),
     ("glm_gemm1_decode_t16", {"tokens": 33}),
     ("glm_gemm1_decode_t32", {"tokens": 40, "skew": 1}),
@@ -76,6 +91,25 @@ def test_extreme_timings_give_the_same_by_bands(check_program: Path, kernel: str
     assert done.returncode == 0, f"seed={SEED}\n{done.stdout}{done.stderr}"
 
 
+@pytest.mark.parametrize("width", [192, 768])
+def test_sums_in_shared_memory_have_the_same_bits_at_any_timing_and_grid(check_program: Path, width: int) -> None:
+    bits = set()
+    for schedule, (timing, grid) in enumerate(((0, 1), (1, 2), (2, 3), (2, 5)), start=SEED + 1):
+        done = run_check(
+            check_program,
+            "glm_gemm2_stationary_t640",
+            seed=SEED,
+            schedule=schedule,
+            timing=timing,
+            grid=grid,
+            tokens=80,
+            width=width,
+        )
+        assert done.returncode == 0, f"seed={SEED}\n{done.stdout}{done.stderr}"
+        bits |= {line for line in done.stdout.splitlines() if line.startswith("bits ")}
+    assert len(bits) == 1, bits
+
+
 @pytest.mark.parametrize("band", [0, 64])
 def test_sums_of_16_tokens_are_as_right(changed_kernel: Callable[..., Path], band: int) -> None:
     file = "gemm2_prefill.cu"
@@ -86,9 +120,17 @@ def test_sums_of_16_tokens_are_as_right(changed_kernel: Callable[..., Path], ban
 
 
 @pytest.mark.parametrize(
-    "kernel", ["glm_gemm1_row_c2", "glm_gemm1_decode_t8", "glm_gemm2_sum_n256", "glm_gemm2_decode_t8", "glm_topk_sum"]
+    "kernel",
+    [
+        "glm_gemm1_row_c2",
+        "glm_gemm1_decode_t8",
+        "glm_gemm2_sum_n256",
+        "glm_gemm2_stationary_t640",
+        "glm_gemm2_decode_t8",
+        "glm_topk_sum",
+    ],
 )
 def test_no_valid_pair_writes_nothing_but_zeros(check_program: Path, kernel: str) -> None:
     done = run_check(check_program, kernel, invalid=100, tokens=20, grid=2, seed=SEED)
-    # gemm2_sum and topk_sum write zeros, the others leave the poison; the check compares either.
+    # gemm2_sum, gemm2_stationary and topk_sum write zeros, the others leave the poison; the check compares either.
     assert done.returncode == 0, f"seed={SEED}\n{done.stdout}{done.stderr}"

@@ -66,6 +66,9 @@ def native(opened: Native) -> Native:
     return opened
 
 
+OWN_BAND = {row.name: row.band for row in table() if row.band}
+
+
 def layer(**changes: int) -> Layer:
     """A layer of TP8's sizes whose addresses tell which member they are: number of the member × 1 MiB."""
     values = {name: (1 + i) << 20 for i, (name, kind) in enumerate(Layer._fields_) if kind is Layer._fields_[0][1]}
@@ -76,14 +79,16 @@ def layer(**changes: int) -> Layer:
 
 
 def run(native: Native, name: str, mock: Mock, device: int = 0, stream: int = 0x77, **changes: int):
+    if name in OWN_BAND:  # where the kernel has one, no other will do
+        changes = {"band": OWN_BAND[name], **changes}
     native.run(device, stream, layer(**changes), numbers(native.by_name[name]))
     (launch,) = mock.launches()
     return launch
 
 
 def test_the_table_is_the_one_of_abi_h(opened: Native) -> None:
-    ours = [(k.name, k.source, k.family.name.lower(), k.tile_rows, k.tile_columns, k.cluster) for k in opened.kernels]
-    assert ours == [(r.name, r.source, r.family, r.tile_rows, r.tile_columns, r.cluster) for r in table()]
+    ours = [(k.name, k.source, k.family.name.lower(), k.tile_rows, k.tile_columns, k.cluster, k.band) for k in opened.kernels]
+    assert ours == [(r.name, r.source, r.family, r.tile_rows, r.tile_columns, r.cluster, r.band) for r in table()]
     assert len(ours) >= 15
 
 
@@ -110,6 +115,8 @@ def test_every_kernel_is_launched_as_abi_h_says(row, native: Native, mock: Mock)
         assert launch.grid == -(-TOKENS * HIDDEN // 8 // row.block)
     if row.family == "sum":
         assert launch.shared == 0
+    elif row.family == "gemm2_stationary":
+        assert launch.shared == row.stages * row.stage_bytes + 4 * 64 * row.band + 3072
     else:
         room = -(-row.tile_rows * (-(-WIDTH // 128) * 128 + 280) // 1024) * 1024 if row.family == "gemm2_decode" else 0
         assert launch.shared == row.stages * row.stage_bytes + 4096 + 1024 + 2 * room  # both warpgroups fit at this width
@@ -124,6 +131,8 @@ def test_every_kernel_is_launched_as_abi_h_says(row, native: Native, mock: Mock)
         ),
         "act_rows": ([WIDTH, TOKENS * TOP_K], [WIDTH], [128, 128], "act_quantised"),
         "w2_rows": ([WIDTH, HIDDEN, EXPERTS], [WIDTH, WIDTH * HIDDEN], [128, 128, 1], "w2"),
+        "act_steps": ([64, TOKENS * TOP_K, WIDTH // 64], [WIDTH, 64], [64, 8, 3], "act_quantised"),
+        "w2_steps": ([64, HIDDEN, WIDTH // 64, EXPERTS], [WIDTH, 64, WIDTH * HIDDEN], [64, 64, 3, 1], "w2"),
     }
     for index, name in enumerate(row.maps):
         dims, strides, box, member = maps[name]
@@ -144,6 +153,10 @@ EXPECTED = {
         None, None, "act_scales", "w2_scales", "topk_weights", "partial", "local_ids", "out", "rows", "tiles + 3 * max_tiles",
         "counts", "counts + 3", "band_tiles", "tokens_count", "max_tiles", "hidden_size", "intermediate_size", "experts",
         "top_k", "slice", "slots", "band",
+    ),
+    "glm_gemm2_stationary_t640": (
+        None, None, "act_scales", "w2_scales", "topk_weights", "out", "rows", "tiles + 3 * max_tiles", "counts", "band_tiles",
+        "tokens_count", "max_tiles", "hidden_size", "intermediate_size", "top_k",
     ),
     "glm_gemm1_decode_t8": (
         None, "tokens", "token_scales", "w13_scales", "act", "rows", "tiles", "counts", "max_tiles", "hidden_size",
@@ -313,6 +326,20 @@ def test_an_earlier_kernels_fault_is_told_apart(native: Native, mock: Mock) -> N
         ("glm_gemm2_sum_n128", {"band": 48}, "band 48 must be a multiple of 32 tokens"),
         ("glm_gemm2_sum_n128", {"band": -32}, "band -32 must be a multiple of 32 tokens"),
         ("glm_gemm2_sum_n256", {"band_tiles": 0}, "band_tiles is null"),
+        (
+            "glm_gemm2_stationary_t640",
+            {"band": 0, "tokens_count": 641},
+            "there are more tokens than the 640 of a band, and routing lists but one; choose glm_gemm2_sum_",
+        ),
+        (
+            "glm_gemm2_stationary_t512",
+            {"band": 640, "tokens_count": 641},
+            "band is 640, and this kernel's is 512",
+        ),
+        ("glm_gemm2_stationary_t512", {"tokens_count": 513, "band_tiles": 0}, "band_tiles is null"),
+        ("glm_gemm2_stationary_t640", {"out": 0}, "out is null"),
+        ("glm_gemm2_stationary_t640", {"act_scales": 0}, "act_scales is null"),
+        ("glm_gemm2_stationary_t640", {"w2_stride": WIDTH * HIDDEN - 16}, "w2 has 983024 bytes from expert to expert"),
         ("glm_gemm2_sum_n128", {"max_tiles": 0}, "max_tiles must be positive"),
         ("glm_topk_sum", {"tokens_count": 1 << 29}, "31 bits"),
         ("glm_topk_sum", {"top_k": -1}, "every size must be positive"),

@@ -190,6 +190,89 @@ def test_bands_reach_the_kernel_with_the_first_tile_of_each(native: Native, mock
         assert (gemm2.pointer(12), gemm2.number(21)) == (0, 0)
 
 
+@pytest.mark.parametrize(
+    ("name", "band", "tokens", "top_k"),
+    [("glm_gemm2_stationary_t640", 640, 650, 8), ("glm_gemm2_stationary_t512", 512, 1100, 2)],
+)
+def test_stationary_sums_get_tiles_of_48_rows_by_the_kernels_own_bands(
+    name: str, band: int, tokens: int, top_k: int, native: Native, mock: Mock
+) -> None:
+    problem = dataclasses.replace(TP8, tokens=tokens, top_k=top_k)
+    one, tensors, workspace = hopper_pass(native, mock, config("glm_gemm1_row_c1", name), problem)
+    one.run()
+    gemm1, gemm2 = mock.launches()
+    assert gemm2.kernel == name
+    ints = workspace.view(torch.int32)
+
+    def at(address: int, count: int) -> list[int]:
+        first = (address - workspace.data_ptr()) // 4
+        return ints[first : first + count].tolist()
+
+    tiles, counts, band_tiles, most = gemm2.pointer(7), gemm2.pointer(8), gemm2.pointer(9), gemm2.number(11)
+    assert tiles == gemm1.pointer(7) + 12 * most
+    ids = tensors.topk_ids.flatten().tolist()
+    rows = sorted(range(problem.pairs), key=lambda pair: (ids[pair], pair))
+    expected, first_tiles = [], []
+    for first in range(0, tokens, band):
+        first_tiles.append(len(expected))
+        for expert in range(16):
+            mine = [row for row, pair in enumerate(rows) if ids[pair] == expert and first <= pair // top_k < first + band]
+            expected += [(expert, mine[i], len(mine[i : i + 48])) for i in range(0, len(mine), 48)]
+    assert at(band_tiles, len(first_tiles)) == first_tiles
+    assert at(counts, 3)[2] == len(expected) <= most
+    assert list(zip(*(at(tiles + 4 * i * most, len(expected)) for i in range(3)))) == expected
+    # Tokens for one band only: their tiles are listed by expert, and there is no list of bands.
+    one, _, _ = hopper_pass(native, mock, config("glm_gemm1_row_c1", name), dataclasses.replace(problem, tokens=150))
+    one.run()
+    assert mock.launches()[1].pointer(9) == 0
+
+
+def test_kernels_that_list_tiles_by_bands_are_known_to_be_others(native: Native) -> None:
+    from vllm_glm_patch.moe.hopper.backend import by_bands
+
+    stationary, sliced = config("triton", "glm_gemm2_stationary_t640"), config("triton", "glm_gemm2_sum_n256", band=2048)
+    found = {
+        tokens: (by_bands(Problem(tokens), stationary, native), by_bands(Problem(tokens), sliced, native))
+        for tokens in (640, 641, 2049)
+    }
+    assert found == {640: (False, False), 641: (True, False), 2049: (True, True)}
+    assert not by_bands(Problem(64), config(*DECODE), native)
+
+
+def test_stationary_sums_need_no_room_for_partials(native: Native) -> None:
+    from vllm_glm_patch.moe.hopper.backend import default_config, layout_of, triton_config, workspace_bytes
+
+    chosen = config("triton", "glm_gemm2_stationary_t640")
+    shared = triton_config(Problem(8192), chosen, native)
+    assert layout_of(Problem(8192), chosen, shared).offsets["tokens_or_partial"][1] == 8192 * 5120
+    assert workspace_bytes(Problem(8192), chosen, native) < 60e6
+    names = {default_config(Problem(tokens, **more)).gemm2 for tokens in (2048, 8192, 16384) for more in ({}, {"experts": 20})}
+    assert not any("stationary" in name for name in names), "no card has timed it"
+
+
+def test_a_band_that_is_not_the_kernels_own_is_refused(native: Native) -> None:
+    from vllm_glm_patch.moe.hopper.backend import triton_config, workspace_bytes
+
+    name = "glm_gemm2_stationary_t640"
+    assert workspace_bytes(Problem(8192), config("triton", name, band=640), native) == workspace_bytes(
+        Problem(8192), config("triton", name), native
+    )
+    with pytest.raises(
+        HopperError, match=rf"HopperConfig\(band=512\) does not fit {name}, whose band is 640 tokens; leave band out"
+    ):
+        triton_config(Problem(8192), config("triton", name, band=512), native)
+    with pytest.raises(
+        HopperError, match=rf"{name}, whose band is 640 tokens, cannot serve 8192 tokens: .* a multiple of 512 tokens"
+    ):
+        workspace_bytes(Problem(8192, top_k=2), config("triton", name), native)
+    with pytest.raises(
+        HopperError, match=rf"{name}, .* cannot serve 700 tokens of 700 pairs, which routing puts into one band"
+    ):
+        workspace_bytes(Problem(700, top_k=1), config("triton", name), native)
+    with pytest.raises(HopperError, match="do not go together"):
+        triton_config(Problem(8), config("glm_gemm1_decode_t8", name), native)
+
+
 def test_a_band_that_cannot_be_is_refused(native: Native) -> None:
     from vllm_glm_patch.moe.hopper.backend import told, workspace_bytes
 
@@ -264,7 +347,7 @@ def test_a_failure_is_kept_and_has_both_reasons(native: Native, mock: Mock) -> N
 
 
 def test_cubins_of_another_abi_or_incomplete_are_refused(native: Native, mock: Mock) -> None:
-    with pytest.raises(HopperError, match=r"nvcc 99 are of ABI 0, and libglm_hopper\.so is of 2"):
+    with pytest.raises(HopperError, match=rf"nvcc 99 are of ABI 0, and libglm_hopper\.so is of {native.abi_version}"):
         library.Loader(native, images(native, abi=0), lambda: pytest.fail("compiled"), mock.path).on(0)
     few = dataclasses.replace(images(native), files={"topk_sum.cu": b""})
     with pytest.raises(HopperError, match=r"lack gemm1_prefill\.cu"):

@@ -9,6 +9,7 @@ import pytest
 from emulated import run_check
 
 _GEMM1, _GEMM2, _DECODE1, _DECODE2 = "gemm1_prefill.cu", "gemm2_prefill.cu", "gemm1_decode.cu", "gemm2_decode.cu"
+_STATIONARY = "gemm2_stationary.cu"
 
 # name, file, kernel, text, what it becomes
 _FAULTS = [
@@ -167,11 +168,42 @@ _FAULTS = [
         "OwnRing position(consumer * own_stages, own_stages);",
         "OwnRing position(0, own_stages);",
     ),
+    *(
+        (name, _STATIONARY, "glm_gemm2_stationary_t640", text, other)
+        for name, text, other in (
+            ("a tile added before the one before it", "barrier_wait(added + 8 * other, turn);", ""),
+            ("a row too many is added", "real[half] = row < size;", "real[half] = row < size + 1;"),
+            ("a stage filled while it is multiplied", "barrier_wait(empty + 8 * position.slot", "if (0) barrier_wait(empty"),
+            ("sums read before they are made", "mma_wait<0>();\n                mma_settle(d);", "mma_settle(d);"),
+            ("a table written while it is read", "if (lane == 0) barrier_wait(free_table, parity ^ 1);", ""),
+            ("sums not zeroed before the next item", "store_shared_floats(from, {});", ""),
+            (
+                "an item written out before its last tile is added",
+                "named_barrier(1, adders);\n            const int first_token",
+                "const int first_token",
+            ),
+            (
+                "the next item added to sums that still go out",
+                "named_barrier(1, adders);\n            item = following;",
+                "item = following;",
+            ),
+            ("rows of one token added without waiting", "if (pass > 0) named_barrier(2 + own, 128);", ""),
+            ("a token's sums in the place of another band's", "pair[part] / p.top_k - first_token", "pair[part] / p.top_k"),
+            (
+                "a tile of several stages multiplied a round ahead",
+                "if (chunks > 1) barrier_wait(multiplied",
+                "if (0) barrier_wait(multiplied",
+            ),
+        )
+    ),
 ]
 
 
-def _options(seed: int) -> dict[str, int]:
+def _options(seed: int, kernel: str) -> dict[str, int]:
     """Of a run. GEMM2 by bands in every other: with a short one at the end, or also with some that have no valid pair."""
+    if "_stationary_" in kernel:  # bands of 640 tokens: two of them, or K of several stages, or many rows of few experts
+        shared = {"experts": 3, "grid": 2}
+        return {**shared, **({"tokens": 660}, {"tokens": 60, "width": 768, "top_k": 8}, {"tokens": 130, "skew": 1})[seed % 3]}
     shared = {"tokens": 150, "hidden": 512, "slice": 128, "slots": 2, "experts": 2}
     banded = {2: {"band": 64, "grid": 2}, 3: {"band": 32, "grid": 4, "silent": 0b110}}
     return {**shared, **banded.get(seed % 4, {"grid": 2})}
@@ -181,17 +213,17 @@ def _options(seed: int) -> dict[str, int]:
 def test_planted_fault_is_found(
     changed_kernel: Callable[..., Path], name: str, file: str, kernel: str, text: str, other: str
 ) -> None:
-    only = {"glm_gemm1_row": _GEMM1}.get(kernel[:13], file)
+    only = {"glm_gemm1_row": _GEMM1, "glm_gemm2_sta": _STATIONARY}.get(kernel[:13], file)
     program = changed_kernel(file, text, other, only)
-    outcomes = (run_check(program, kernel, seed=seed, timing=2 - seed % 2, **_options(seed)) for seed in range(1, 13))
+    outcomes = (run_check(program, kernel, seed=seed, timing=2 - seed % 2, **_options(seed, kernel)) for seed in range(1, 13))
     assert any(done.returncode for done in outcomes), f"{name}: not found by 12 runs"
 
 
-@pytest.mark.parametrize("file", [_GEMM1, _GEMM2, _DECODE1, _DECODE2])
+@pytest.mark.parametrize("file", [_GEMM1, _GEMM2, _DECODE1, _DECODE2, _STATIONARY])
 def test_unchanged_kernels_pass_the_same_runs(changed_kernel: Callable[..., Path], file: str) -> None:
     kernels = {kernel for _, of_fault, kernel, _, _ in _FAULTS if of_fault == file}
     program = changed_kernel(file, "namespace glm_hopper", "namespace glm_hopper", file)
     for kernel in kernels:
         for seed, timing in ((1, 2), (2, 1)):
-            done = run_check(program, kernel, seed=seed, timing=timing, **_options(seed))
+            done = run_check(program, kernel, seed=seed, timing=timing, **_options(seed, kernel))
             assert done.returncode == 0, done.stdout + done.stderr

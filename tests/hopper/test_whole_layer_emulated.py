@@ -30,6 +30,10 @@ _CASES = [
     (40, 192, 4, 4, "triton", "glm_gemm2_sum_n256", "bad"),
     (33, 384, 3, 6, "triton", "glm_gemm2_sum_n128", "spread"),
     (17, 192, 4, 4, "triton", "glm_gemm2_decode_t16", "spread"),
+    # Sums in shared memory; the first in two bands, the last of 8 tokens.
+    (520, 192, 9, 9, "glm_gemm1_row_c1", "glm_gemm2_stationary_t512", "bad", 512, 2),
+    (33, 384, 3, 6, "glm_gemm1_columns_c1", "glm_gemm2_stationary_t640", "spread"),
+    (40, 192, 4, 4, "triton", "glm_gemm2_stationary_t640", "collapsed"),
 ]
 
 

@@ -261,11 +261,12 @@ def plan(problem: Problem, card: Card, most: int) -> tuple[list[int], int]:
 
     theirs, last = 0, {}
     for tokens in range(1, min(most, TOKENS_PER_PASS) + 1):
-        configuration = backends.configuration(problem.with_tokens(tokens), card)
+        part = problem.with_tokens(tokens)
+        configuration = backends.configuration(part, card)
         if configuration is None:
             theirs = tokens
         else:
-            last[configuration] = tokens
+            last[configuration, backends.variant(part, card)] = tokens
     ours = {tokens for end in last.values() for tokens in (end - 1, end) if tokens > 0}
     return sorted(ours), theirs
 

@@ -29,6 +29,8 @@ class Backend:
     """Whether it can serve a problem on a card; `card.index` is the CUDA device. Asked for each token count once."""
     configuration: Callable[[Problem, Card], Hashable]
     """What it would run a problem with. Equal ones share their kernels, so that one call compiles or loads them."""
+    variant: Callable[[Problem, Card], Hashable] = lambda problem, card: None
+    """What beside the configuration tells which kernels a problem needs."""
     unasked: bool = True
     """Whether it may serve without a table's entry and without being preferred."""
 
@@ -51,9 +53,15 @@ def _hopper_configuration(problem: Problem, card: Card) -> Hashable:
     return backend.choose(problem, card)
 
 
+def _hopper_variant(problem: Problem, card: Card) -> Hashable:
+    from .hopper import backend
+
+    return backend.by_bands(problem, backend.choose(problem, card))
+
+
 BACKENDS: list[Backend] = [
     Backend("triton", _triton_supports, lambda problem, card: choose(problem, card)),
-    Backend("hopper", _hopper_supports, _hopper_configuration, unasked=False),
+    Backend("hopper", _hopper_supports, _hopper_configuration, _hopper_variant, unasked=False),
 ]
 
 
@@ -106,6 +114,12 @@ def configuration(problem: Problem, card: Card) -> Hashable:
         if backend.name == name:
             return name, backend.configuration(problem, card)
     return None
+
+
+def variant(problem: Problem, card: Card) -> Hashable:
+    """What beside `configuration` tells which kernels a problem needs; None for upstream's."""
+    name = route(problem, card)
+    return next((backend.variant(problem, card) for backend in BACKENDS if backend.name == name), None)
 
 
 def routes(problem: Problem, card: Card, most: int) -> list[tuple[int, int, str]]:

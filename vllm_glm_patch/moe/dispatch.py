@@ -51,14 +51,15 @@ class Gemm1:
 
 @dataclass(frozen=True)
 class Gemm2:
-    """kind: `resident` rows stay in the tile (widths to 512), `loop` any width, `fused` resident with the sum inside.
+    """kind: `resident` rows stay in the tile (widths to 512), `loop` any width, `fused` resident with the sum inside,
+    `stationary` the native kernel that has no partials and goes by bands of `band` tokens.
 
     swap: weights on the dot's wide side. strip: columns one program makes. slice: columns whose partials exist at
     once, 0 for all. requantise: a small kernel makes FP8 first; else the rows are quantised as they are read. hints: ask
     L2 to keep partials until they are summed (not in `fused`).
     """
 
-    kind: Literal["resident", "loop", "fused"] = "resident"
+    kind: Literal["resident", "loop", "fused", "stationary"] = "resident"
     block_m: int = 64
     block_n: int = 128
     block_k: int = 128
@@ -72,6 +73,7 @@ class Gemm2:
     stages: int = 2
     programs: int = 3  # fused: programs per multiprocessor
     hints: bool = False
+    band: int = 0
 
     def __post_init__(self) -> None:
         """ValueError on what the kernels cannot do."""

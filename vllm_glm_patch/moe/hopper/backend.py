@@ -5,6 +5,7 @@ workspace (workspace.py). One C call launches the rest:
 
     many tokens, intermediate_size 192   gemm1_row · gemm2_sum
     many tokens, wider                   gemm1_columns · (Triton) requantise · gemm2_sum
+    many tokens, by name only            the same GEMM1 · gemm2_stationary, which has no partials
     few tokens                           gemm1_decode · gemm2_decode · topk_sum
 
 GEMM1 may also be Triton's, before either of the two ways of GEMM2 (HopperConfig.gemm1 "triton").
@@ -24,6 +25,7 @@ from .. import tables
 from ..dispatch import Card, Config, Gemm1, Gemm2
 from ..pipeline import Pass, Tensors
 from ..problem import Problem
+from ..routing import SMALL_PAIRS, bands_of
 from ..workspace import Layout, layout
 from .errors import HopperError
 from .library import loader
@@ -37,14 +39,16 @@ NARROW_TOKENS = 2048  # up to which GEMM2 with the sum takes slices of 128 colum
 SUM_TOKENS = 32  # of one sum item of glm_gemm2_sum_*
 DECODE_WIDTH = 1536  # the widest rows that glm_gemm2_decode_* holds
 TRITON = "triton"  # as HopperConfig.gemm1
+MANY = (Family.GEMM2, Family.GEMM2_STATIONARY)  # GEMM2 with the sum, for many tokens
 
 
 @dataclass(frozen=True)
 class HopperConfig:
     """Kernels by name. `slice` × `band`: columns × tokens whose partials exist at once, a phase; slice is a power of two; band
     0, or no less than the tokens there are, means all of them; `slots`: phases in flight; the three for
-    glm_gemm2_sum_* only. `programmatic`: a kernel that knows how may start while the one before it ends, be
-    that one of the prologue. `weight_promotion`: bytes that L2 fetches at once for weights, 128 or 256.
+    glm_gemm2_sum_* only: glm_gemm2_stationary_* has no use for the first two, and its band, if given, is its own.
+    `programmatic`: a kernel that knows how may start while the one before it ends, be that one of the prologue.
+    `weight_promotion`: bytes that L2 fetches at once for weights, 128 or 256.
 
     Raises:
         ValueError: band is negative or not a multiple of 32.
@@ -139,11 +143,18 @@ def triton_config(problem: Problem, config: HopperConfig, native: Native) -> Con
     """
     second = _kernel(native, config.gemm2)
     first = None if config.gemm1 == TRITON else _kernel(native, config.gemm1)
-    if first is None and second.family not in (Family.GEMM2, Family.GEMM2_DECODE):
+    if first is None and second.family not in (*MANY, Family.GEMM2_DECODE):
         raise HopperError(f"{second.name} is no GEMM2.")
+    if second.band and config.band not in (0, second.band):
+        raise HopperError(
+            f"HopperConfig(band={config.band}) does not fit {second.name}, whose band is {second.band} tokens; leave band out."
+        )
     # The tiles of Triton's GEMM1 are those that were fastest at 8192 and 64 tokens on an H100 (moe/tuned).
-    if second.family is Family.GEMM2 and (first is None or first.family is Family.GEMM1):
-        gemm2 = Gemm2("fused", second.tile_rows, strip=128, slice=config.slice, slots=config.slots, requantise=True)
+    if second.family in MANY and (first is None or first.family is Family.GEMM1):
+        if second.family is Family.GEMM2:
+            gemm2 = Gemm2("fused", second.tile_rows, strip=128, slice=config.slice, slots=config.slots, requantise=True)
+        else:
+            gemm2 = Gemm2("stationary", second.tile_rows, requantise=True, band=second.band)
         whole_rows = problem.intermediate_size == ROW_WIDTH if first is None else _writes_rows(first)
         kind: Literal["row", "tile"] = "row" if whole_rows else "tile"
         gemm1 = Gemm1(kind, first.tile_rows) if first else Gemm1(kind, 128, 64, 128, group=1, warps=8, stages=3)
@@ -159,8 +170,8 @@ def triton_config(problem: Problem, config: HopperConfig, native: Native) -> Con
 
 
 def band_of(config: HopperConfig, shared: Config) -> int:
-    """Tokens of a band, of which the kernels for few tokens know nothing."""
-    return config.band if shared.gemm2.kind == "fused" else 0
+    """Tokens of a band, of which the kernels for few tokens know nothing. One kernel has its own."""
+    return {"fused": config.band, "stationary": shared.gemm2.band}.get(shared.gemm2.kind, 0)
 
 
 def layout_of(problem: Problem, config: HopperConfig, shared: Config) -> Layout:
@@ -169,10 +180,22 @@ def layout_of(problem: Problem, config: HopperConfig, shared: Config) -> Layout:
     Raises:
         HopperError: a band is not a whole number of routing's chunks.
     """
+    own = shared.gemm2.band
+    what = f"{config.gemm2}, whose band is {own} tokens," if own else f"HopperConfig(band={config.band})"
+    if own and problem.tokens > own and problem.pairs <= SMALL_PAIRS:
+        raise HopperError(
+            f"{what} cannot serve {problem.tokens} tokens of {problem.pairs} pairs, which routing puts into one band."
+        )
     try:
         return layout(problem, shared, band_of(config, shared))
     except ValueError as error:
-        raise HopperError(f"HopperConfig(band={config.band}) cannot serve {problem.tokens} tokens: {error}.") from None
+        raise HopperError(f"{what} cannot serve {problem.tokens} tokens: {error}.") from None
+
+
+def by_bands(problem: Problem, config: HopperConfig, native: Native | None = None) -> bool:
+    """Whether routing lists GEMM2's tiles band by band, by kernels of its own that want compiling before they are needed."""
+    shared = triton_config(problem, config, native or loader().native)
+    return bands_of(problem.tokens, problem.top_k, band_of(config, shared)) > 1
 
 
 def workspace_bytes(problem: Problem, config: HopperConfig, native: Native | None = None) -> int:
@@ -206,7 +229,9 @@ class HopperPass:
         self._device = tensors.hidden.device.index or 0
         self._pass = Pass(problem, shared, tensors, workspace, multiprocessors, band=band_of(config, shared))
         self._first, self._second = native.by_name.get(config.gemm1), native.by_name[config.gemm2]  # None: Triton's
-        self._layer = _layer(problem, config, offsets, tensors, workspace, self._pass.max_tiles, multiprocessors)
+        self._layer = _layer(
+            problem, config, self._pass.band, offsets, tensors, workspace, self._pass.max_tiles, multiprocessors
+        )
 
     def run(self) -> None:
         """Launch every step on the current stream; GEMM1, GEMM2 and the sum by one C call where nothing lies between.
@@ -243,7 +268,7 @@ class HopperPass:
             self._launch(self._first)
 
     def _requantises(self) -> bool:
-        return self._second.family is Family.GEMM2 and self._pass.config.gemm1.kind != "row"
+        return self._second.family in MANY and self._pass.config.gemm1.kind != "row"
 
     def _sums(self) -> list[Kernel]:
         if self._second.family is not Family.GEMM2_DECODE:
@@ -289,6 +314,7 @@ def _plan(native: Native, problem: Problem, config: HopperConfig) -> tuple[Confi
 def _layer(
     problem: Problem,
     config: HopperConfig,
+    band: int,
     offsets: dict[str, tuple[int, int]],
     tensors: Tensors,
     workspace: torch.Tensor,
@@ -330,7 +356,7 @@ def _layer(
         slice=config.slice,
         slots=config.slots,
         # One band has no array of first tiles.
-        band=config.band if "band_tiles" in offsets else 0,
+        band=band if "band_tiles" in offsets else 0,
         multiprocessors=multiprocessors,
         weight_promotion=config.weight_promotion,
         programmatic=config.programmatic,

@@ -22,11 +22,13 @@ class Family(enum.IntEnum):
     GEMM1_DECODE = 2
     GEMM2_DECODE = 3
     SUM = 4
+    GEMM2_STATIONARY = 5
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One row of abi.h's table. `number` is its place there; tile_rows is the BLOCK_M of the tile list that it reads."""
+    """One row of abi.h's table. `number` is its place there; tile_rows is the BLOCK_M of the tile list that it reads; band:
+    tokens of the bands that the list goes by, where the kernel and not its caller says it, else 0."""
 
     number: int
     name: str
@@ -35,6 +37,7 @@ class Kernel:
     tile_rows: int
     tile_columns: int
     cluster: int
+    band: int = 0
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,7 @@ class _Kernel(C.Structure):
         ("tile_rows", C.c_int32),
         ("tile_columns", C.c_int32),
         ("cluster", C.c_int32),
+        ("band", C.c_int32),
     ]
 
 
@@ -163,7 +167,7 @@ class Native:
         while self._library.glm_hopper_kernel(len(rows), C.byref(row)):
             family = Family(row.family)
             names = row.name.decode(), row.source.decode()
-            rows.append(Kernel(len(rows), *names, family, row.tile_rows, row.tile_columns, row.cluster))
+            rows.append(Kernel(len(rows), *names, family, row.tile_rows, row.tile_columns, row.cluster, row.band))
         return tuple(rows)
 
     def open(self, driver: str = DRIVER) -> None:
