@@ -81,7 +81,7 @@ def checks() -> list[Case]:
                 Case("TP8", 16, f"glm_gemm1_{first}", gemm2, experts=1, routing="collapsed"),
                 Case("TP8", 700, f"glm_gemm1_{first}", gemm2, experts=16, routing="bad"),
             ]
-    third = ("glm_gemm2_stationary_t640", "glm_gemm2_stationary_t512")
+    third = [f"glm_gemm2_stationary_{name}" for name in ("t640", "t512", "t640_c2")]
     for gemm2 in third:
         cases += [
             Case("TP8", 16, "glm_gemm1_row_c1", gemm2, experts=1, routing="collapsed"),
@@ -136,7 +136,7 @@ def timed(shape: str, tokens: int) -> list[Case]:
         ]
         cases += [Case(shape, tokens, "triton", "glm_gemm2_sum_n256", 256, 3, band=2048)]
     if tokens >= 1024:
-        cases += [Case(shape, tokens, first[0], f"glm_gemm2_stationary_{band}") for band in ("t640", "t512")]
+        cases += [Case(shape, tokens, first[0], f"glm_gemm2_stationary_{band}") for band in ("t640", "t512", "t640_c2")]
         cases += [Case(shape, tokens, "triton", "glm_gemm2_stationary_t640")]
     return cases
 
@@ -275,7 +275,8 @@ class Worker:
             found["against Triton"] = relative_error(one.out, other.out.double())
         sliced = f"{case.gemm2} {case.slice} {case.slots} {case.band}"
         # The prologue lists tiles by bands.
-        kernels = {"prologue": f"band {case.band}" if case.band else "", "gemm1": case.gemm1, "gemm2": sliced}
+        band = f"band {case.band}" if case.band else case.gemm2 if "_stationary_" in case.gemm2 else ""
+        kernels = {"prologue": band, "gemm1": case.gemm1, "gemm2": sliced}
         for who, passes in (("native", [p for p, _, _ in native]), ("triton", [p for p, _, _ in triton])):
             for index, (name, _) in enumerate(passes[0].steps()):
                 kernel = kernels.get(name, "") if who == "native" else ""

@@ -51,17 +51,23 @@ struct StationaryArguments {
     int tokens, max_tiles, hidden_size, intermediate_size, top_k;
 };
 
+// Which items a block does: number `first`, first + stride, … below `items`, bands innermost, of columns from `column` on.
+struct StationaryWork {
+    int bands, items, first, stride;
+    int column, columns;  // columns: from one item of a band to the next
+};
+
 struct StationaryItem {
     int band, column;  // column: first of the item, in hidden_size
     int first, last;   // its tiles, `last` excluded
 };
 
-// Bands innermost. Past the last item: one without tiles.
-GLM_DEVICE StationaryItem stationary_item(const StationaryArguments& p, int number, int items, int bands) {
-    StationaryItem item{number % bands, number / bands * stationary_columns, 0, 0};
-    if (number < items) {
-        if (bands > 1) item.first = p.band_tiles[item.band];
-        item.last = item.band + 1 < bands ? p.band_tiles[item.band + 1] : p.counts[2];
+// Past the last item: one without tiles.
+GLM_DEVICE StationaryItem stationary_item(const StationaryArguments& p, const StationaryWork& work, int number) {
+    StationaryItem item{number % work.bands, work.column + number / work.bands * work.columns, 0, 0};
+    if (number < work.items) {
+        if (work.bands > 1) item.first = p.band_tiles[item.band];
+        item.last = item.band + 1 < work.bands ? p.band_tiles[item.band + 1] : p.counts[2];
     }
     return item;
 }
@@ -86,14 +92,14 @@ GLM_DEVICE StationaryTile tile_of_lane(const StationaryArguments& p, int first, 
 // Calls body(item, tile) for a block's tiles number `turn`, turn + turns, … in order, with all lanes of a warp. What is read from
 // memory is read 32 tiles, or an item, ahead.
 template <class Body>
-GLM_DEVICE void walk_tiles(const StationaryArguments& p, int items, int bands, int turns, int turn, Body body) {
+GLM_DEVICE void walk_tiles(const StationaryArguments& p, const StationaryWork& work, int turns, int turn, Body body) {
     const int lane = thread_index() % 32;
-    int number = block_index(), until = turn;  // until: tiles left before one is this warp's
-    StationaryItem item = stationary_item(p, number, items, bands);
+    int number = work.first, until = turn;  // until: tiles left before one is this warp's
+    StationaryItem item = stationary_item(p, work, number);
     StationaryTile next = tile_of_lane(p, item.first, item.last, lane);
-    while (number < items) {
-        number += grid_size();
-        const StationaryItem following = stationary_item(p, number, items, bands);
+    while (number < work.items) {
+        number += work.stride;
+        const StationaryItem following = stationary_item(p, work, number);
         if (item.first == item.last) next = tile_of_lane(p, following.first, following.last, lane);
         for (int first = item.first; first < item.last; first += 32) {
             const StationaryTile window = next;
@@ -109,7 +115,7 @@ GLM_DEVICE void walk_tiles(const StationaryArguments& p, int items, int bands, i
     }
 }
 
-template <int BAND, int STAGES>
+template <int BAND, int STAGES, int CLUSTER>
 GLM_DEVICE void gemm2_stationary(const TensorMap& act, const TensorMap& w2, const StationaryArguments& p) {
     static_assert(preparers * table_bytes + 8 * (2 * STAGES + 2 * preparers + 4) + stationary_atom <= stationary_extra, "no room");
     static_assert(BAND % 32 == 0 && BAND * sums_pitch < 1u << rank_shift, "a pass of the output takes 32 tokens");
@@ -127,7 +133,7 @@ GLM_DEVICE void gemm2_stationary(const TensorMap& act, const TensorMap& w2, cons
         prefetch_map(w2);
         for (int slot = 0; slot < STAGES; ++slot) {
             barrier_init(full + 8 * slot, 1);
-            barrier_init(empty + 8 * slot, 4);
+            barrier_init(empty + 8 * slot, 4 * CLUSTER);
         }
         for (int slot = 0; slot < preparers; ++slot) {
             barrier_init(prepared + 8 * slot, 1);
@@ -139,16 +145,22 @@ GLM_DEVICE void gemm2_stationary(const TensorMap& act, const TensorMap& w2, cons
         }
         barrier_init_done();
     }
-    block_barrier();
+    const int rank = CLUSTER > 1 ? cluster_rank() : 0;
+    if (CLUSTER > 1) {
+        cluster_barrier();
+    } else {
+        block_barrier();
+    }
 
-    const int bands = divide_up(p.tokens, BAND);
-    const int items = bands * (p.hidden_size / stationary_columns);
+    const int bands = divide_up(p.tokens, BAND), columns = CLUSTER * stationary_columns;
+    const StationaryWork work{bands, bands * (p.hidden_size / columns), block_index() / CLUSTER, grid_size() / CLUSTER,
+                              rank * stationary_columns, columns};
     const int chunks = p.intermediate_size / stationary_stage_k;  // stages of a tile
     const int warp = warp_uniform(thread / 32);
 
     if (warp == 0) {  // copies
         Ring<STAGES> position;
-        walk_tiles(p, items, bands, 1, 0, [&](const StationaryItem& item, const StationaryTile& tile) {
+        walk_tiles(p, work, 1, 0, [&](const StationaryItem& item, const StationaryTile& tile) {
             if (lane != 0) return;
             const int groups = divide_up(tile.size, 8);
             for (int chunk = 0; chunk < chunks; ++chunk) {
@@ -157,8 +169,14 @@ GLM_DEVICE void gemm2_stationary(const TensorMap& act, const TensorMap& w2, cons
                 barrier_expect(ready, stationary_w2_bytes + groups * stationary_group_bytes);
                 copy_box(stage + stationary_rows_bytes, w2, ready, 0, item.column, chunk * stationary_steps, tile.expert);
                 // Rows past the tile's end are another's, or zeros past the buffer's: nobody adds their results.
-                for (int group = 0; group < groups; ++group) {
-                    copy_box(stage + group * stationary_group_bytes, act, ready, 0, tile.row + 8 * group, chunk * stationary_steps);
+                for (int group = rank; group < groups; group += CLUSTER) {
+                    const u32 target = stage + group * stationary_group_bytes;
+                    const int row = tile.row + 8 * group, step = chunk * stationary_steps;
+                    if (CLUSTER > 1) {
+                        copy_box_to((1u << CLUSTER) - 1, target, act, ready, 0, row, step);
+                    } else {
+                        copy_box(target, act, ready, 0, row, step);
+                    }
                 }
                 position.advance();
             }
@@ -224,7 +242,7 @@ GLM_DEVICE void gemm2_stationary(const TensorMap& act, const TensorMap& w2, cons
             if (lane == 0) barrier_arrive(full_table);
             parity ^= 1;
         };
-        walk_tiles(p, items, bands, preparers, warp - 1, [&](const StationaryItem& item, const StationaryTile& tile) {
+        walk_tiles(p, work, preparers, warp - 1, [&](const StationaryItem& item, const StationaryTile& tile) {
             int new_pair[2];
             float new_scale[2];
 #pragma unroll
@@ -255,11 +273,19 @@ GLM_DEVICE void gemm2_stationary(const TensorMap& act, const TensorMap& w2, cons
         table_position.skip(own);
         u32 turn = own ^ 1;  // parity that says of the other's tile before that it is done; before the first there is none
         int until = own;     // tiles left before one is this warpgroup's
-        int number = block_index();
-        StationaryItem item = stationary_item(p, number, items, bands);
-        while (number < items) {
-            number += grid_size();
-            const StationaryItem following = stationary_item(p, number, items, bands);
+        // A stage is free once it is in both blocks of a cluster, since either copies into both.
+        auto release = [&](int slot) {
+            if (CLUSTER > 1) {
+                if (lane < CLUSTER) barrier_arrive_at(empty + 8 * slot, lane);
+            } else if (lane == 0) {
+                barrier_arrive(empty + 8 * slot);
+            }
+        };
+        int number = work.first;
+        StationaryItem item = stationary_item(p, work, number);
+        while (number < work.items) {
+            number += work.stride;
+            const StationaryItem following = stationary_item(p, work, number);
             const int count = item.last - item.first;
             for (; until < count; until += 2) {
                 // A tile of several stages may be a round of the ring ahead of the one before, which a parity cannot tell apart.
@@ -283,7 +309,7 @@ GLM_DEVICE void gemm2_stationary(const TensorMap& act, const TensorMap& w2, cons
                     mma_commit();
                     // The stage before is done with; this one's products run on.
                     mma_wait<1>();
-                    if (chunk > 0 && lane == 0) barrier_arrive(empty + 8 * position.previous());
+                    if (chunk > 0) release(position.previous());
                     position.advance();
                 }
                 if (chunks > 1 && lane == 0) barrier_arrive(multiplied + 8 * own);
@@ -316,7 +342,7 @@ GLM_DEVICE void gemm2_stationary(const TensorMap& act, const TensorMap& w2, cons
                 if (lane == 0) barrier_arrive(taken + 8 * table_position.slot);
                 mma_wait<0>();
                 mma_settle(d);
-                if (lane == 0) barrier_arrive(empty + 8 * position.previous());
+                release(position.previous());
                 // In the order in which they are added: of each half of the columns, the 16 of this thread's parity first.
                 Float4 value[2][4];
                 if (busy) {
@@ -389,19 +415,23 @@ GLM_DEVICE void gemm2_stationary(const TensorMap& act, const TensorMap& w2, cons
             item = following;
         }
     }
+    // A block may not end while its neighbour can still copy into it or arrive at its barriers.
+    if (CLUSTER > 1) cluster_barrier();
 }
 
 }  // namespace glm_hopper
 
 using namespace glm_hopper;
 
-#define GLM_GEMM2_STATIONARY(name, band, stages)                                                                               \
-    GLM_KERNEL(384) name(GLM_MAP act, GLM_MAP w2, const float* act_scales, const float* w2_scales, const float* topk_weights,  \
+#define GLM_GEMM2_STATIONARY(entry, name, band, stages, cluster)                                                               \
+    entry name(GLM_MAP act, GLM_MAP w2, const float* act_scales, const float* w2_scales, const float* topk_weights,  \
                          u16* out, const int* rows, const int* tiles, const int* counts, const int* band_tiles, int tokens,    \
                          int max_tiles, int hidden_size, int intermediate_size, int top_k) {                                   \
-        gemm2_stationary<band, stages>(act, w2, {act_scales, w2_scales, topk_weights, out, rows, tiles, counts, band_tiles,    \
-                                                 tokens, max_tiles, hidden_size, intermediate_size, top_k});                   \
+        gemm2_stationary<band, stages, cluster>(act, w2, {act_scales, w2_scales, topk_weights, out, rows, tiles, counts,       \
+                                                          band_tiles, tokens, max_tiles, hidden_size, intermediate_size,       \
+                                                          top_k});                                                             \
     }
 
-GLM_GEMM2_STATIONARY(glm_gemm2_stationary_t640, 640, 3)
-GLM_GEMM2_STATIONARY(glm_gemm2_stationary_t512, 512, 4)
+GLM_GEMM2_STATIONARY(GLM_KERNEL(384), glm_gemm2_stationary_t640, 640, 3, 1)
+GLM_GEMM2_STATIONARY(GLM_KERNEL(384), glm_gemm2_stationary_t512, 512, 4, 1)
+GLM_GEMM2_STATIONARY(GLM_CLUSTER_KERNEL(384, 2), glm_gemm2_stationary_t640_c2, 640, 3, 2)

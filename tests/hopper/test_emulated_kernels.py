@@ -51,6 +51,8 @@ _CASES = [
     ("glm_gemm2_stationary_t640", {"tokens": 650, "top_k": 1, "skew": 2}),
     ("glm_gemm2_stationary_t640", {"tokens": 1, "top_k": 8, "grid": 9}),
     ("glm_gemm2_stationary_t512", {"tokens": 512, "top_k": 1}),
+    ("glm_gemm2_stationary_t640_c2", {"tokens": 700, "grid": 4, "top_k": 1}),
+    ("glm_gemm2_stationary_t640_c2", {"tokens": 90, "width": 768, "experts": 7, "grid": 2}),
     ("glm_gemm1_decode_t8", {"tokens": 9, "top_k": 8}),
     ("glm_gemm1_decode_t16", {"tokens": 33}),
     ("glm_gemm1_decode_t32", {"tokens": 40, "skew": 1}),
@@ -94,10 +96,11 @@ def test_extreme_timings_give_the_same_by_bands(check_program: Path, kernel: str
 @pytest.mark.parametrize("width", [192, 768])
 def test_sums_in_shared_memory_have_the_same_bits_at_any_timing_and_grid(check_program: Path, width: int) -> None:
     bits = set()
-    for schedule, (timing, grid) in enumerate(((0, 1), (1, 2), (2, 3), (2, 5)), start=SEED + 1):
+    runs = (("t640", 0, 1), ("t640", 1, 2), ("t512", 2, 3), ("t640_c2", 2, 4))
+    for schedule, (which, timing, grid) in enumerate(runs, start=SEED + 1):
         done = run_check(
             check_program,
-            "glm_gemm2_stationary_t640",
+            f"glm_gemm2_stationary_{which}",
             seed=SEED,
             schedule=schedule,
             timing=timing,

@@ -34,6 +34,7 @@ _CASES = [
     (520, 192, 9, 9, "glm_gemm1_row_c1", "glm_gemm2_stationary_t512", "bad", 512, 2),
     (33, 384, 3, 6, "glm_gemm1_columns_c1", "glm_gemm2_stationary_t640", "spread"),
     (40, 192, 4, 4, "triton", "glm_gemm2_stationary_t640", "collapsed"),
+    (40, 192, 4, 4, "glm_gemm1_row_c1", "glm_gemm2_stationary_t640_c2", "skewed"),
 ]
 
 
