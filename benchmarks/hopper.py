@@ -397,7 +397,7 @@ def main() -> int:
         "--define",
         action="append",
         default=[],
-        help="with --build: GLM_WAIT_LIMIT=400000000LL, GLM_GATHER_WAITS, GLM_SUM_TOKENS=16",
+        help="with --build: GLM_WAIT_LIMIT=400000000LL, GLM_GATHER_WAITS, GLM_SUM_TOKENS=16; GLM_WITHOUT_… (_stationary_)",
     )
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--only", default="", help="cases whose text has this")

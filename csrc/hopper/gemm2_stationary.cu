@@ -39,6 +39,28 @@ constexpr int rank_shift = 24;  // of a row's rank in the word that has the plac
 // Instructions read 64 rows where a stage has 48: the others are the beginning of w2, and nobody looks at their results.
 static_assert((mma_rows - stationary_rows) / 8 * stationary_group_bytes <= stationary_w2_bytes, "rows are read past the stage");
 
+// Parts left out, to see where the time goes: `benchmarks/hopper.py --build --define GLM_WITHOUT_…`. Results are wrong then.
+#ifdef GLM_WITHOUT_ROWS
+constexpr bool stationary_with_rows = false;  // of act: not copied
+#else
+constexpr bool stationary_with_rows = true;
+#endif
+#ifdef GLM_WITHOUT_WEIGHTS
+constexpr bool stationary_with_weights = false;
+#else
+constexpr bool stationary_with_weights = true;
+#endif
+#ifdef GLM_WITHOUT_PRODUCTS
+constexpr bool stationary_with_products = false;
+#else
+constexpr bool stationary_with_products = true;
+#endif
+#ifdef GLM_WITHOUT_SUMS
+constexpr bool stationary_with_sums = false;  // neither read nor written by tiles
+#else
+constexpr bool stationary_with_sums = true;
+#endif
+
 struct StationaryArguments {
     const float* act_scales;
     const float* w2_scales;
@@ -89,8 +111,8 @@ GLM_DEVICE StationaryTile tile_of_lane(const StationaryArguments& p, int first, 
     return tile;
 }
 
-// Calls body(item, tile) for a block's tiles number `turn`, turn + turns, … in order, with all lanes of a warp. What is read from
-// memory is read 32 tiles, or an item, ahead.
+// Calls body(item, tile) for a block's tiles number `turn`, turn + turns, … in order, with all lanes of a warp. Lists are read 32
+// tiles, or an item, ahead.
 template <class Body>
 GLM_DEVICE void walk_tiles(const StationaryArguments& p, const StationaryWork& work, int turns, int turn, Body body) {
     const int lane = thread_index() % 32;
@@ -107,7 +129,8 @@ GLM_DEVICE void walk_tiles(const StationaryArguments& p, const StationaryWork& w
             next = tile_of_lane(p, more ? first + 32 : following.first, more ? item.last : following.last, lane);
             const int count = item.last - first < 32 ? item.last - first : 32;
             for (; until < count; until += turns) {
-                body(item, StationaryTile{shuffle(window.expert, until), shuffle(window.row, until), shuffle(window.size, until)});
+                const int expert = shuffle(window.expert, until), row = shuffle(window.row, until);
+                body(item, StationaryTile{expert, row, shuffle(window.size, until)});
             }
             until -= count;
         }
@@ -117,7 +140,8 @@ GLM_DEVICE void walk_tiles(const StationaryArguments& p, const StationaryWork& w
 
 template <int BAND, int STAGES, int CLUSTER>
 GLM_DEVICE void gemm2_stationary(const TensorMap& act, const TensorMap& w2, const StationaryArguments& p) {
-    static_assert(preparers * table_bytes + 8 * (2 * STAGES + 2 * preparers + 4) + stationary_atom <= stationary_extra, "no room");
+    constexpr u32 barriers = 8 * (2 * STAGES + 2 * preparers + 4);
+    static_assert(preparers * table_bytes + barriers + stationary_atom <= stationary_extra, "no room for tables and barriers");
     static_assert(BAND % 32 == 0 && BAND * sums_pitch < 1u << rank_shift, "a pass of the output takes 32 tokens");
     // In order of their place in shared memory.
     const u32 ring = align_up(shared_base(), stationary_atom);
@@ -162,12 +186,14 @@ GLM_DEVICE void gemm2_stationary(const TensorMap& act, const TensorMap& w2, cons
         Ring<STAGES> position;
         walk_tiles(p, work, 1, 0, [&](const StationaryItem& item, const StationaryTile& tile) {
             if (lane != 0) return;
-            const int groups = divide_up(tile.size, 8);
+            const int groups = stationary_with_rows ? divide_up(tile.size, 8) : 0;
             for (int chunk = 0; chunk < chunks; ++chunk) {
                 const u32 stage = ring + position.slot * stationary_stage_bytes, ready = full + 8 * position.slot;
                 barrier_wait(empty + 8 * position.slot, position.parity ^ 1);
-                barrier_expect(ready, stationary_w2_bytes + groups * stationary_group_bytes);
-                copy_box(stage + stationary_rows_bytes, w2, ready, 0, item.column, chunk * stationary_steps, tile.expert);
+                barrier_expect(ready, (stationary_with_weights ? stationary_w2_bytes : 0) + groups * stationary_group_bytes);
+                if (stationary_with_weights) {
+                    copy_box(stage + stationary_rows_bytes, w2, ready, 0, item.column, chunk * stationary_steps, tile.expert);
+                }
                 // Rows past the tile's end are another's, or zeros past the buffer's: nobody adds their results.
                 for (int group = rank; group < groups; group += CLUSTER) {
                     const u32 target = stage + group * stationary_group_bytes;
@@ -182,7 +208,8 @@ GLM_DEVICE void gemm2_stationary(const TensorMap& act, const TensorMap& w2, cons
             }
         });
     } else if (warp <= preparers) {  // prepares; a warp has its tables one after the other in one place
-        const u32 table = tables + (warp - 1) * table_bytes, full_table = prepared + 8 * (warp - 1), free_table = taken + 8 * (warp - 1);
+        const u32 table = tables + (warp - 1) * table_bytes;
+        const u32 full_table = prepared + 8 * (warp - 1), free_table = taken + 8 * (warp - 1);
         u32 parity = 0;
         // Of the tile before: its rows' pairs are known when this one's are asked for, since their weights hang on them.
         int size = 0, first_token = 0;
@@ -220,7 +247,8 @@ GLM_DEVICE void gemm2_stationary(const TensorMap& act, const TensorMap& w2, cons
                 const int row = lane + 32 * part;
                 if (row < size) {
                     int before = row - 1;
-                    while (before >= 0 && load_shared_int(table + 8 * before) == token[part] * static_cast<int>(sums_pitch)) --before;
+                    const int place = token[part] * static_cast<int>(sums_pitch);
+                    while (before >= 0 && load_shared_int(table + 8 * before) == place) --before;
                     rank[part] = row - 1 - before;
                 }
                 most = rank[part] > most ? rank[part] : most;
@@ -298,12 +326,12 @@ GLM_DEVICE void gemm2_stationary(const TensorMap& act, const TensorMap& w2, cons
                     const u64 b = descriptor_64(stage + stationary_rows_bytes, stationary_atom);
                     mma_fence();
 #pragma unroll
-                    for (int step = 0; step < stationary_steps; ++step) {
+                    for (int step = 0; step < (stationary_with_products ? stationary_steps : 0); ++step) {
 #pragma unroll
                         for (int k = 0; k < stationary_step_k / mma_k; ++k) {
-                            mma<stationary_columns>(d, a + step * (8 * stationary_step_k >> 4) + k * descriptor_step,
-                                                    b + step * (stationary_columns * stationary_step_k >> 4) + k * descriptor_step,
-                                                    chunk > 0 || step > 0 || k > 0);
+                            const u64 a_step = step * (8 * stationary_step_k >> 4) + k * descriptor_step;
+                            const u64 b_step = step * (stationary_columns * stationary_step_k >> 4) + k * descriptor_step;
+                            mma<stationary_columns>(d, a + a_step, b + b_step, chunk > 0 || step > 0 || k > 0);
                         }
                     }
                     mma_commit();
@@ -329,7 +357,7 @@ GLM_DEVICE void gemm2_stationary(const TensorMap& act, const TensorMap& w2, cons
 #pragma unroll
                     for (int half = 0; half < 2; ++half) {
                         const int row = fragment_row(t, 2 * half);
-                        real[half] = row < size;
+                        real[half] = stationary_with_sums && row < size;
                         if (real[half]) {
                             const u32 word = load_shared_int(table + 8 * row);
                             row_scale[half] = load_shared_float(table + 8 * row + 4);
@@ -393,7 +421,7 @@ GLM_DEVICE void gemm2_stationary(const TensorMap& act, const TensorMap& w2, cons
             }
             until -= count;
 
-            // The item's sums go out as bf16 and become zeros. 8 lanes a token: 4 take the first and third 16 columns, 4 the others.
+            // The sums go out as bf16 and become zeros: 8 lanes a token, 4 for the first and third 16 columns, 4 for the others.
             named_barrier(1, adders);
             const int first_token = item.band * BAND;
             const int there = p.tokens - first_token < BAND ? p.tokens - first_token : BAND;

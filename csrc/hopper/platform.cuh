@@ -111,7 +111,10 @@ GLM_DEVICE Vector4 load_shared_16(u32 address) {
 }
 GLM_DEVICE Float4 load_shared_floats(u32 address) {
     Float4 v;
-    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address) : "memory");
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"(address)
+                 : "memory");
     return v;
 }
 GLM_DEVICE void store_shared_int(u32 address, int value) {

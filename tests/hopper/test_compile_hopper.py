@@ -110,7 +110,7 @@ def test_machine_code_has_the_instructions_meant(reports: dict[str, str]) -> Non
     for source in SOURCES:
         cubin = Path(reports["folder"]) / f"{source}.cubin"
         code[source] = subprocess.run([nvdisasm, "-c", cubin], capture_output=True, text=True, check=True, timeout=120).stdout
-    for source in SOURCES[:5]:
+    for source in SOURCES[:-1]:
         assert "QGMMA" in code[source], f"{source} multiplies without wgmma"
         assert "UTMALDG" in code[source], f"{source} reads its weights without TMA"
         assert not re.search(r"\b(STL|LDL)\b", code[source]), f"{source} uses local memory"

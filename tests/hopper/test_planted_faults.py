@@ -179,7 +179,7 @@ _FAULTS = [
         (name, _STATIONARY, "glm_gemm2_stationary_t640", text, other)
         for name, text, other in (
             ("a tile added before the one before it", "barrier_wait(added + 8 * other, turn);", ""),
-            ("a row too many is added", "real[half] = row < size;", "real[half] = row < size + 1;"),
+            ("a row too many is added", "&& row < size;", "&& row < size + 1;"),
             ("a stage filled while it is multiplied", "barrier_wait(empty + 8 * position.slot", "if (0) barrier_wait(empty"),
             ("a table written while it is read", "if (lane == 0) barrier_wait(free_table, parity ^ 1);", ""),
             ("sums not zeroed before the next item", "store_shared_floats(from, {});", ""),

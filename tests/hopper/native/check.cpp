@@ -24,7 +24,7 @@
 #define GEMM2_PREFILL 3
 #define GEMM2_DECODE 4
 #define TOPK_SUM 5
-#define GEMM2_STATIONARY 6
+#define GEMM2_STATIONARY 9
 #if CHECK_FILE(GEMM1_PREFILL)
 #include "gemm1_prefill.cu"
 #endif
