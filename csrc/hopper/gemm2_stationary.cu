@@ -101,6 +101,14 @@ struct StationaryTile {
     int expert, row, size;
 };
 
+// What a preparing lane knows of a tile: of the rows with its number and 32 more, and two of the columns.
+struct PreparedTile {
+    int size, first_token;  // size 0: none yet
+    int pair[2];
+    float act_scale[2], weight[2];
+    Float2 column_scale;
+};
+
 // Each lane's tile of the 32 from `first` on.
 GLM_DEVICE StationaryTile tile_of_lane(const StationaryArguments& p, int first, int last, int lane) {
     StationaryTile tile{};
@@ -211,19 +219,21 @@ GLM_DEVICE void gemm2_stationary(const TensorMap& act, const TensorMap& w2, cons
         const u32 table = tables + (warp - 1) * table_bytes;
         const u32 full_table = prepared + 8 * (warp - 1), free_table = taken + 8 * (warp - 1);
         u32 parity = 0;
-        // Of the tile before: its rows' pairs are known when this one's are asked for, since their weights hang on them.
-        int size = 0, first_token = 0;
-        int pair[2] = {0, 0};
-        float act_scale[2] = {0.0f, 0.0f};
-        Float2 column_scale{};
-        auto write = [&]() {
-            float weight[2];
+        // Tiles are read in two steps, since weights hang on pairs: while one is written, the weights of the next and the pairs of
+        // the one after it are on their way.
+        PreparedTile first{}, second{};
+        auto ask_weights = [&](PreparedTile& tile) {
+#pragma unroll
+            for (int part = 0; part < 2; ++part) {
+                tile.weight[part] = lane + 32 * part < tile.size ? p.topk_weights[tile.pair[part]] : 0.0f;
+            }
+        };
+        auto write = [&](const PreparedTile& tile) {
+            const int size = tile.size;
             int token[2];
 #pragma unroll
             for (int part = 0; part < 2; ++part) {
-                const bool real = lane + 32 * part < size;
-                weight[part] = real ? p.topk_weights[pair[part]] : 0.0f;
-                token[part] = real ? pair[part] / p.top_k - first_token : 0;
+                token[part] = lane + 32 * part < size ? tile.pair[part] / p.top_k - tile.first_token : 0;
             }
             if (lane == 0) barrier_wait(free_table, parity ^ 1);
             warp_sync();
@@ -231,13 +241,13 @@ GLM_DEVICE void gemm2_stationary(const TensorMap& act, const TensorMap& w2, cons
             for (int part = 0; part < 2; ++part) {
                 const int row = lane + 32 * part;
                 if (row < size) {
-                    const float scale = act_scale[part] * weight[part];
+                    const float scale = tile.act_scale[part] * tile.weight[part];
                     store_shared_8(table + 8 * row, {{token[part] * sums_pitch, float_to_bits(scale)}});
                 }
             }
             // Lane 4 · group + quad has two columns; in the sums they lie by (group / 2, quad, group % 2).
             const int unit = lane / 8 * 8 + lane % 4 * 2 + lane / 4 % 2;
-            store_shared_8(table + table_scales + 8 * unit, {{float_to_bits(column_scale.x), float_to_bits(column_scale.y)}});
+            store_shared_8(table + table_scales + 8 * unit, {{float_to_bits(tile.column_scale.x), float_to_bits(tile.column_scale.y)}});
             warp_sync();
             // Ids may name an expert twice for a token. Such rows lie together; a row's rank is how many are before it, and
             // ranks are added one after the other.
@@ -271,22 +281,23 @@ GLM_DEVICE void gemm2_stationary(const TensorMap& act, const TensorMap& w2, cons
             parity ^= 1;
         };
         walk_tiles(p, work, preparers, warp - 1, [&](const StationaryItem& item, const StationaryTile& tile) {
-            int new_pair[2];
-            float new_scale[2];
+            PreparedTile third{tile.size, item.band * BAND, {}, {}, {}, {}};
 #pragma unroll
             for (int part = 0; part < 2; ++part) {
                 const int row = lane + 32 * part;
-                new_pair[part] = row < tile.size ? p.rows[tile.row + row] : 0;
-                new_scale[part] = row < tile.size ? p.act_scales[tile.row + row] : 0.0f;
+                third.pair[part] = row < tile.size ? p.rows[tile.row + row] : 0;
+                third.act_scale[part] = row < tile.size ? p.act_scales[tile.row + row] : 0.0f;
             }
             const i64 column = static_cast<i64>(tile.expert) * p.hidden_size + item.column + 2 * lane;
-            const Float2 new_column_scale = load_constant_2(p.w2_scales + column);
-            if (size > 0) write();
-            size = tile.size, first_token = item.band * BAND, column_scale = new_column_scale;
-#pragma unroll
-            for (int part = 0; part < 2; ++part) pair[part] = new_pair[part], act_scale[part] = new_scale[part];
+            third.column_scale = load_constant_2(p.w2_scales + column);
+            ask_weights(second);
+            if (first.size > 0) write(first);
+            first = second;
+            second = third;
         });
-        if (size > 0) write();
+        ask_weights(second);
+        if (first.size > 0) write(first);
+        if (second.size > 0) write(second);
     } else {
         const int adder = thread - 128, own = warpgroup - 1, other = 1 - own;
         const int t = thread % 128, quad = lane % 4, odd = lane / 4 % 2;
