@@ -194,7 +194,7 @@ _FAULTS = [
                 "item = following;",
             ),
             ("rows of one token added without waiting", "if (pass > 0) named_barrier(2 + own, 128);", ""),
-            ("a token's sums in the place of another band's", "pair[part] / p.top_k - first_token", "pair[part] / p.top_k"),
+            ("a token's sums in the place of another band's", "/ p.top_k - tile.first_token", "/ p.top_k"),
             (
                 "a tile of several stages multiplied a round ahead",
                 "if (chunks > 1) barrier_wait(multiplied",
