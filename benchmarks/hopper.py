@@ -81,7 +81,7 @@ def checks() -> list[Case]:
                 Case("TP8", 16, f"glm_gemm1_{first}", gemm2, experts=1, routing="collapsed"),
                 Case("TP8", 700, f"glm_gemm1_{first}", gemm2, experts=16, routing="bad"),
             ]
-    third = [f"glm_gemm2_stationary_{name}" for name in ("t640", "t512", "t640_c2")]
+    third = [f"glm_gemm2_stationary_{name}" for name in ("t640", "t512", "t640_c2", "t512_c2")]
     for gemm2 in third:
         cases += [
             Case("TP8", 16, "glm_gemm1_row_c1", gemm2, experts=1, routing="collapsed"),
@@ -136,7 +136,9 @@ def timed(shape: str, tokens: int) -> list[Case]:
         ]
         cases += [Case(shape, tokens, "triton", "glm_gemm2_sum_n256", 256, 3, band=2048)]
     if tokens >= 1024:
-        cases += [Case(shape, tokens, first[0], f"glm_gemm2_stationary_{band}") for band in ("t640", "t512", "t640_c2")]
+        cases += [
+            Case(shape, tokens, first[0], f"glm_gemm2_stationary_{name}") for name in ("t640", "t512", "t640_c2", "t512_c2")
+        ]
         cases += [Case(shape, tokens, "triton", "glm_gemm2_stationary_t640")]
     return cases
 

@@ -118,6 +118,7 @@ constexpr Kernel kernels[] = {
     {"glm_gemm2_stationary_t640", "gemm2_stationary.cu", Family::gemm2_stationary, Grid::persistent, 384, 1, 48, 64, 3, 21504, false, {Map::act_steps, Map::w2_steps}, 640},
     {"glm_gemm2_stationary_t512", "gemm2_stationary.cu", Family::gemm2_stationary, Grid::persistent, 384, 1, 48, 64, 4, 21504, false, {Map::act_steps, Map::w2_steps}, 512},
     {"glm_gemm2_stationary_t640_c2", "gemm2_stationary.cu", Family::gemm2_stationary, Grid::persistent, 384, 2, 48, 64, 3, 21504, false, {Map::act_steps, Map::w2_steps}, 640},
+    {"glm_gemm2_stationary_t512_c2", "gemm2_stationary.cu", Family::gemm2_stationary, Grid::persistent, 384, 2, 48, 64, 4, 21504, false, {Map::act_steps, Map::w2_steps}, 512},
     {"glm_gemm1_decode_t8", "gemm1_decode.cu", Family::gemm1_decode, Grid::persistent, 256, 1, 8, 32, 20, 9216, true, {Map::w13_interleaved, Map::none}},
     {"glm_gemm1_decode_t16", "gemm1_decode.cu", Family::gemm1_decode, Grid::persistent, 256, 1, 16, 32, 18, 10240, true, {Map::w13_interleaved, Map::none}},
     {"glm_gemm1_decode_t32", "gemm1_decode.cu", Family::gemm1_decode, Grid::persistent, 256, 1, 32, 64, 9, 20480, true, {Map::w13_interleaved, Map::none}},

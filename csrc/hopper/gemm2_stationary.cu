@@ -474,3 +474,4 @@ using namespace glm_hopper;
 GLM_GEMM2_STATIONARY(GLM_KERNEL(384), glm_gemm2_stationary_t640, 640, 3, 1)
 GLM_GEMM2_STATIONARY(GLM_KERNEL(384), glm_gemm2_stationary_t512, 512, 4, 1)
 GLM_GEMM2_STATIONARY(GLM_CLUSTER_KERNEL(384, 2), glm_gemm2_stationary_t640_c2, 640, 3, 2)
+GLM_GEMM2_STATIONARY(GLM_CLUSTER_KERNEL(384, 2), glm_gemm2_stationary_t512_c2, 512, 4, 2)

@@ -41,6 +41,7 @@ _CASES = [
     (3000, 192, 160, 160, "row_c2", "stationary_t640", 0, 0, "collapsed"),
     (8192, 192, 160, 160, "row_c1", "stationary_t640_c2", 0, 0, "bad"),
     (2048, 1536, 20, 160, "columns_c1", "stationary_t640_c2", 0, 0, "skewed"),
+    (4096, 192, 160, 160, "row_c1", "stationary_t512_c2", 0, 0, "spread"),
     (2048, 384, 40, 40, "columns_c1", "stationary_t640", 0, 0, "skewed"),
     (2048, 1536, 20, 160, "columns_c1", "stationary_t640", 0, 0, "spread"),
     (700, 768, 16, 16, "columns_c1", "stationary_t512", 0, 0, "none"),

@@ -53,6 +53,7 @@ _CASES = [
     ("glm_gemm2_stationary_t512", {"tokens": 512, "top_k": 1}),
     ("glm_gemm2_stationary_t640_c2", {"tokens": 700, "grid": 4, "top_k": 1}),
     ("glm_gemm2_stationary_t640_c2", {"tokens": 90, "width": 768, "experts": 7, "grid": 2}),
+    ("glm_gemm2_stationary_t512_c2", {"tokens": 530, "top_k": 1, "experts": 6, "grid": 4}),
     ("glm_gemm1_decode_t8", {"tokens": 9, "top_k": 8}),
     ("glm_gemm1_decode_t16", {"tokens": 33}),
     ("glm_gemm1_decode_t32", {"tokens": 40, "skew": 1}),

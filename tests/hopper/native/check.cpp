@@ -347,6 +347,7 @@ bool check_gemm2_stationary(Problem& p) {
         CALL(glm_gemm2_stationary_t640);
         CALL(glm_gemm2_stationary_t512);
         CALL(glm_gemm2_stationary_t640_c2);
+        CALL(glm_gemm2_stationary_t512_c2);
 #endif
 #undef CALL
         emulate::fail("no such entry");

@@ -44,6 +44,7 @@ void enter(const std::string& name, void** values) {
     ENTRY(glm_gemm2_stationary_t640);
     ENTRY(glm_gemm2_stationary_t512);
     ENTRY(glm_gemm2_stationary_t640_c2);
+    ENTRY(glm_gemm2_stationary_t512_c2);
     ENTRY(glm_gemm1_decode_t8);
     ENTRY(glm_gemm1_decode_t16);
     ENTRY(glm_gemm1_decode_t32);
