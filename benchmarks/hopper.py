@@ -139,7 +139,7 @@ def timed(shape: str, tokens: int) -> list[Case]:
         cases += [
             Case(shape, tokens, first[0], f"glm_gemm2_stationary_{name}") for name in ("t640", "t512", "t640_c2", "t512_c2")
         ]
-        cases += [Case(shape, tokens, "triton", "glm_gemm2_stationary_t640")]
+        cases += [Case(shape, tokens, "triton", "glm_gemm2_stationary_t640", programmatic=early) for early in (True, False)]
     return cases
 
 

@@ -5,6 +5,9 @@
 // (routing.py), and every tile's rows are added to the sums of their tokens. Blocks know nothing of each other: items go
 // round by number, bands innermost, so that those under way share some ten slices of w2, which L2 holds, and all of act.
 //
+// The launch before makes act and its scales; all else, the lists too, is older. So a block that starts while that one ends
+// zeroes its sums and asks for its first weights before it waits for it.
+//
 // Three warpgroups a block. Of the first, one warp copies: 64 columns of w2 and the tile's rows, 192 wide in K, a stage. The
 // others prepare: for each row of a tile where its token's sums lie, and its scale; every warp a tile in three. The other
 // two warpgroups take tiles by turns: one multiplies the next tile while the other adds the one before. Who adds a tile
@@ -192,6 +195,7 @@ GLM_DEVICE void gemm2_stationary(const TensorMap& act, const TensorMap& w2, cons
 
     if (warp == 0) {  // copies
         Ring<STAGES> position;
+        bool waited = false;
         walk_tiles(p, work, 1, 0, [&](const StationaryItem& item, const StationaryTile& tile) {
             if (lane != 0) return;
             const int groups = stationary_with_rows ? divide_up(tile.size, 8) : 0;
@@ -202,6 +206,8 @@ GLM_DEVICE void gemm2_stationary(const TensorMap& act, const TensorMap& w2, cons
                 if (stationary_with_weights) {
                     copy_box(stage + stationary_rows_bytes, w2, ready, 0, item.column, chunk * stationary_steps, tile.expert);
                 }
+                if (!waited) wait_for_previous_launch();
+                waited = true;
                 // Rows past the tile's end are another's, or zeros past the buffer's: nobody adds their results.
                 for (int group = rank; group < groups; group += CLUSTER) {
                     const u32 target = stage + group * stationary_group_bytes;
@@ -219,6 +225,7 @@ GLM_DEVICE void gemm2_stationary(const TensorMap& act, const TensorMap& w2, cons
         const u32 table = tables + (warp - 1) * table_bytes;
         const u32 full_table = prepared + 8 * (warp - 1), free_table = taken + 8 * (warp - 1);
         u32 parity = 0;
+        bool waited = false;
         // Tiles are read in two steps, since weights hang on pairs: while one is written, the weights of the next and the pairs of
         // the one after it are on their way.
         PreparedTile first{}, second{};
@@ -286,6 +293,12 @@ GLM_DEVICE void gemm2_stationary(const TensorMap& act, const TensorMap& w2, cons
             for (int part = 0; part < 2; ++part) {
                 const int row = lane + 32 * part;
                 third.pair[part] = row < tile.size ? p.rows[tile.row + row] : 0;
+            }
+            if (!waited) wait_for_previous_launch();
+            waited = true;
+#pragma unroll
+            for (int part = 0; part < 2; ++part) {
+                const int row = lane + 32 * part;
                 third.act_scale[part] = row < tile.size ? p.act_scales[tile.row + row] : 0.0f;
             }
             const i64 column = static_cast<i64>(tile.expert) * p.hidden_size + item.column + 2 * lane;
@@ -305,6 +318,7 @@ GLM_DEVICE void gemm2_stationary(const TensorMap& act, const TensorMap& w2, cons
             store_shared_floats(sums + token * sums_pitch + adder % 16 * 16, {});
         }
         named_barrier(1, adders);
+        wait_for_previous_launch();  // before anything is written to memory
 
         Ring<STAGES> position;
         Ring<preparers> table_position;

@@ -129,6 +129,8 @@ def test_machine_code_has_the_instructions_meant(reports: dict[str, str]) -> Non
     assert "UTMALDG.4D" in stationary and "UTMALDG.3D" in stationary
     for instruction in ("LDS.128", "STS.128", "STG.E.EF.128"):
         assert instruction in stationary
+    # Each of the three roles waits for the launch before, in each of the four kernels.
+    assert stationary.count("ACQBULK") >= 3 * 4
     assert stationary.count("QGMMA") >= 5 * stationary.count("WARPGROUP.DEPBAR")
     # Interleaved wgmma of one K step belong to one group: one wait a step, not one an instruction.
     waits = code["gemm1_prefill.cu"].count("WARPGROUP.DEPBAR")
