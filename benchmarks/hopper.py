@@ -75,7 +75,7 @@ def checks() -> list[Case]:
         Case("TP8", 700, "triton", second[0], experts=16, routing="bad"),
         Case("TP4", 333, "triton", second[1], experts=16),
     ]
-    for first in ("row_c1", "row_c2", "columns_c1", "columns_c2", "exact_c1"):
+    for first in ("row_c1", "row_c2", "columns_c1", "columns_c2", "exact_c1", "row_split", "columns_split"):
         for gemm2 in second:
             cases += [
                 Case("TP8", 16, f"glm_gemm1_{first}", gemm2, experts=1, routing="collapsed"),
@@ -86,6 +86,8 @@ def checks() -> list[Case]:
             Case("TP4", 333, "glm_gemm1_columns_c1", gemm2, 512, 2, experts=16),
             Case("EP8", 500, "glm_gemm1_columns_c2", gemm2, 256, 3),
             Case("TP8", 8191, "glm_gemm1_row_c1", gemm2, 256, 2),
+            Case("TP8", 8191, "glm_gemm1_row_split", gemm2, 256, 2),
+            Case("TP4", 2048, "glm_gemm1_columns_split", gemm2, 256, 2, routing="skewed"),
             Case("TP8", 8192, "glm_gemm1_row_c2", gemm2, 512, 3, routing="skewed"),
         ]
     cases += [
@@ -108,7 +110,7 @@ def timed(shape: str, tokens: int) -> list[Case]:
                 cases += [Case(shape, tokens, *pair), Case(shape, tokens, *pair, programmatic=False)]
                 cases += [Case(shape, tokens, "triton", pair[1])]
     if density >= 16:
-        kinds = ("row_c1", "row_c2") if width == 192 else ("columns_c1", "columns_c2")
+        kinds = ("row_c1", "row_c2", "row_split") if width == 192 else ("columns_c1", "columns_c2", "columns_split")
         first = [*(f"glm_gemm1_{kind}" for kind in (*kinds, "exact_c1")), "triton"]
         second = [("n256", 256, 2), ("n128", 128, 2), ("n128", 128, 3), ("n128", 256, 2), ("n256", 512, 2), ("n256", 1024, 2)]
         cases += [Case(shape, tokens, name, "glm_gemm2_sum_n256", 256, 2) for name in first]

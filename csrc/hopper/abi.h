@@ -5,7 +5,7 @@
 namespace glm_hopper {
 
 // Grows whenever a name, an argument or a rule below changes; the host refuses a cubin built from another number.
-constexpr int abi_version = 2;
+constexpr int abi_version = 3;
 
 // CUtensorMap as the device sees it: 128 opaque bytes made by cuTensorMapEncodeTiled, passed by value as a
 // `const __grid_constant__` argument. Host code passes its CUtensorMap; size and alignment are the same.
@@ -49,6 +49,7 @@ constexpr MapShape map_shapes[] = {
 //     void* act [P, N] (FP8 for row, bf16 for columns), float* act_scales [P] (row only; columns ignores it, pass null),
 //     const int* rows [P], const int* tiles, const int* counts, int max_tiles, int hidden_size, int intermediate_size,
 //     int top_k
+//     split: glm_gemm1_*_split count tiles in counts[3] and counts[4], zeros before and after (routing.py keeps them).
 // Family::gemm2 (glm_gemm2_sum_*): GEMM2 and the top-k sum in one launch.
 //     TensorMap act_rows, TensorMap w2_rows, const float* act_scales [P], const float* w2_scales [E, K],
 //     const float* topk_weights [P], bf16* partial [slots, band · top_k, slice], const int* local_ids [P], bf16* out [M, K],
@@ -102,6 +103,9 @@ constexpr Kernel kernels[] = {
     {"glm_gemm1_columns_c1", "gemm1_prefill.cu", Family::gemm1, Grid::persistent, 384, 1, 128, 192, 3, 65536, false, {Map::w13_rows, Map::none}},
     {"glm_gemm1_columns_c2", "gemm1_prefill.cu", Family::gemm1, Grid::persistent, 384, 2, 256, 192, 3, 65536, false, {Map::w13_rows, Map::none}},
     {"glm_gemm1_exact_c1", "gemm1_prefill.cu", Family::gemm1, Grid::persistent, 384, 1, 128, 96, 5, 40960, false, {Map::w13_rows, Map::none}},
+    // 13 × 16 KB: four slots of token rows, and of either half of the weights three of 24 KB.
+    {"glm_gemm1_row_split", "gemm1_split.cu", Family::gemm1, Grid::persistent, 384, 1, 128, 192, 13, 16384, false, {Map::w13_rows, Map::none}},
+    {"glm_gemm1_columns_split", "gemm1_split.cu", Family::gemm1, Grid::persistent, 384, 1, 128, 192, 13, 16384, false, {Map::w13_rows, Map::none}},
     {"glm_gemm2_sum_n128", "gemm2_prefill.cu", Family::gemm2, Grid::persistent, 512, 1, 128, 128, 6, 32768, false, {Map::act_rows, Map::w2_rows}},
     {"glm_gemm2_sum_n256", "gemm2_prefill.cu", Family::gemm2, Grid::persistent, 512, 1, 128, 256, 4, 49152, false, {Map::act_rows, Map::w2_rows}},
     {"glm_gemm1_decode_t8", "gemm1_decode.cu", Family::gemm1_decode, Grid::persistent, 256, 1, 8, 32, 20, 9216, true, {Map::w13_interleaved, Map::none}},

@@ -5,9 +5,8 @@
 // token rows by cp.async), the other two own 64 rows each and multiply. In a cluster of two the blocks share an expert:
 // each fetches half the weight rows for both.
 #include "barrier.cuh"
-#include "epilogue.cuh"
 #include "gather.cuh"
-#include "mma.cuh"
+#include "gemm1_output.cuh"
 #include "tma.cuh"
 
 namespace glm_hopper {
@@ -16,18 +15,6 @@ constexpr int gemm1_rows = 128;      // rows of a block's item
 constexpr int gemm1_consumers = 2;   // warpgroups that multiply
 constexpr int gemm1_box_rows = 96;   // weight rows of one TMA box (Map::w13_rows)
 constexpr int k_step = 128;          // bytes, and FP8 elements, of K in one stage
-
-struct Gemm1Arguments {
-    const u8* tokens;
-    const float* token_scales;
-    const float* w13_scales;
-    void* act;
-    float* act_scales;
-    const int* rows;
-    const int* tiles;
-    const int* counts;
-    int max_tiles, hidden_size, intermediate_size, top_k;
-};
 
 // One K step of the gate and the up half. a: 64 rows of tokens; COLUMNS weight rows each at gate_rows and up_rows.
 template <int COLUMNS>
@@ -218,58 +205,12 @@ GLM_DEVICE void gemm1_prefill(const TensorMap& w13, const Gemm1Arguments& p) {
             const int expert = p.tiles[item / blocks], column = item % blocks * COLUMNS;
             const float* gate_scales = p.w13_scales + static_cast<i64>(expert) * 2 * p.intermediate_size + column;
             const float* up_scales = gate_scales + p.intermediate_size;
-            float largest[2] = {0.0f, 0.0f};
-#pragma unroll
-            for (int group = 0; group < COLUMNS / 8; ++group) {
-                const Float2 gate_scale = load_constant_2(gate_scales + fragment_column(t, 4 * group));
-                const Float2 up_scale = load_constant_2(up_scales + fragment_column(t, 4 * group));
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-#pragma unroll
-                    for (int pair = 0; pair < 2; ++pair) {
-                        const int i = 4 * group + 2 * half + pair;
-                        const float y = swiglu(gate[i] * token_scale[half] * (pair ? gate_scale.y : gate_scale.x),
-                                               up[i] * token_scale[half] * (pair ? up_scale.y : up_scale.x));
-                        gate[i] = y;
-                        largest[half] = larger(largest[half], magnitude(y));
-                    }
-                }
-            }
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int row = fragment_row(t, 2 * half);
-                const i64 out_row = first_row + row;
-                if constexpr (ROW) {
-                    const float scale = quantisation_scale(quad_max(largest[half]));
-                    const float inverse = divide_exactly(1.0f, scale);
-                    u8* out = static_cast<u8*>(p.act) + out_row * COLUMNS;
-#pragma unroll
-                    for (int four = 0; four < COLUMNS / 32; ++four) {
-                        u16 packed[4];
-#pragma unroll
-                        for (int group = 0; group < 4; ++group) {
-                            const int i = 16 * four + 4 * group + 2 * half;
-                            packed[group] = pack_fp8(quotient(gate[i], scale, inverse), quotient(gate[i + 1], scale, inverse));
-                        }
-                        const Vector2 columns = transpose_quad(packed, lane);
-                        if (row < size) store_8(out + 32 * four + 8 * (lane % 4), columns);
-                    }
-                    if (row < size && lane % 4 == 0) p.act_scales[out_row] = scale;
-                } else {
-                    u16* out = static_cast<u16*>(p.act) + out_row * p.intermediate_size + column;
-#pragma unroll
-                    for (int four = 0; four < COLUMNS / 32; ++four) {
-                        u32 packed[4];
-#pragma unroll
-                        for (int group = 0; group < 4; ++group) {
-                            const int i = 16 * four + 4 * group + 2 * half;
-                            packed[group] = pack_bf16(gate[i], gate[i + 1]);
-                        }
-                        const Vector4 columns = transpose_quad(packed, lane);
-                        if (row < size) store_16(out + 32 * four + 8 * (lane % 4), columns);
-                    }
-                }
-            }
+            auto scales = [&](int group) {
+                const int mine = fragment_column(t, 4 * group);
+                return Gemm1Scales{load_constant_2(gate_scales + mine), load_constant_2(up_scales + mine)};
+            };
+            auto place = [&] { return Gemm1Place{first_row, size, column}; };
+            gemm1_output<COLUMNS, ROW>(p, gate, up, token_scale, t, lane, scales, place);
         }
     }
     // A block may not end while its neighbour can still write into it or arrive at its barriers.

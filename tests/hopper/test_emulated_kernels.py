@@ -20,6 +20,13 @@ _CASES = [
     ("glm_gemm1_columns_c1", {"tokens": 65, "width": 384}),
     ("glm_gemm1_columns_c2", {"tokens": 129, "width": 384, "grid": 4}),
     ("glm_gemm1_exact_c1", {"tokens": 65, "hidden": 768, "experts": 2}),
+    # Rings that go round more than once; a block that draws most tiles; a tile for one warpgroup only; fewer tiles than blocks;
+    # more tiles than are reordered, of which some keep both warpgroups busy and lie behind shorter ones; one block at a time.
+    ("glm_gemm1_row_split", {"tokens": 130, "hidden": 1280}),
+    ("glm_gemm1_row_split", {"tokens": 1, "top_k": 8, "experts": 5, "grid": 7}),
+    ("glm_gemm1_row_split", {"tokens": 300, "skew": 1, "experts": 40, "grid": 4}),
+    ("glm_gemm1_row_split", {"tokens": 400, "experts": 90, "grid": 5, "resident": 1}),
+    ("glm_gemm1_columns_split", {"tokens": 129, "width": 384, "hidden": 512}),
     ("glm_gemm2_sum_n128", {"tokens": 65, "hidden": 1024, "slice": 256, "slots": 2, "resident": 1}),
     ("glm_gemm2_sum_n128", {"tokens": 33, "hidden": 512, "slice": 128, "slots": 2, "top_k": 8}),
     ("glm_gemm2_sum_n256", {"tokens": 65, "hidden": 512, "slice": 256, "slots": 2, "width": 384}),
@@ -62,7 +69,14 @@ def test_kernel_is_right_under_random_timing(check_program: Path, kernel: str, o
 @pytest.mark.parametrize("timing", [0, 1], ids=["eager", "late"])
 @pytest.mark.parametrize(
     "kernel",
-    ["glm_gemm1_row_c1", "glm_gemm1_row_c2", "glm_gemm2_sum_n128", "glm_gemm1_decode_t16", "glm_gemm2_decode_t16"],
+    [
+        "glm_gemm1_row_c1",
+        "glm_gemm1_row_c2",
+        "glm_gemm1_row_split",
+        "glm_gemm2_sum_n128",
+        "glm_gemm1_decode_t16",
+        "glm_gemm2_decode_t16",
+    ],
 )
 def test_extreme_timings_give_the_same(check_program: Path, kernel: str, timing: int) -> None:
     done = run_check(check_program, kernel, timing=timing, seed=SEED, tokens=40, grid=2)
@@ -86,7 +100,15 @@ def test_sums_of_16_tokens_are_as_right(changed_kernel: Callable[..., Path], ban
 
 
 @pytest.mark.parametrize(
-    "kernel", ["glm_gemm1_row_c2", "glm_gemm1_decode_t8", "glm_gemm2_sum_n256", "glm_gemm2_decode_t8", "glm_topk_sum"]
+    "kernel",
+    [
+        "glm_gemm1_row_c2",
+        "glm_gemm1_row_split",
+        "glm_gemm1_decode_t8",
+        "glm_gemm2_sum_n256",
+        "glm_gemm2_decode_t8",
+        "glm_topk_sum",
+    ],
 )
 def test_no_valid_pair_writes_nothing_but_zeros(check_program: Path, kernel: str) -> None:
     done = run_check(check_program, kernel, invalid=100, tokens=20, grid=2, seed=SEED)

@@ -264,7 +264,7 @@ def test_a_failure_is_kept_and_has_both_reasons(native: Native, mock: Mock) -> N
 
 
 def test_cubins_of_another_abi_or_incomplete_are_refused(native: Native, mock: Mock) -> None:
-    with pytest.raises(HopperError, match=r"nvcc 99 are of ABI 0, and libglm_hopper\.so is of 2"):
+    with pytest.raises(HopperError, match=rf"nvcc 99 are of ABI 0, and libglm_hopper\.so is of {native.abi_version}"):
         library.Loader(native, images(native, abi=0), lambda: pytest.fail("compiled"), mock.path).on(0)
     few = dataclasses.replace(images(native), files={"topk_sum.cu": b""})
     with pytest.raises(HopperError, match=r"lack gemm1_prefill\.cu"):

@@ -9,6 +9,7 @@ import pytest
 from emulated import run_check
 
 _GEMM1, _GEMM2, _DECODE1, _DECODE2 = "gemm1_prefill.cu", "gemm2_prefill.cu", "gemm1_decode.cu", "gemm2_decode.cu"
+_SPLIT = "gemm1_split.cu"
 
 # name, file, kernel, text, what it becomes
 _FAULTS = [
@@ -36,7 +37,13 @@ _FAULTS = [
         "return swizzled_address(0, gather_row(thread, 0), gather_chunk(thread) * chunk_bytes);",
         "return gather_row(thread, 0) * 128 + gather_chunk(thread) * chunk_bytes;",
     ),
-    ("a row too many is stored", _GEMM1, "glm_gemm1_row_c1", "if (row < size) store_8", "if (row < size + 1) store_8"),
+    (
+        "a row too many is stored",
+        "gemm1_output.cuh",
+        "glm_gemm1_row_c1",
+        "if (row < size) store_8",
+        "if (row < size + 1) store_8",
+    ),
     (
         "multicast into a slot the neighbour still reads",
         _GEMM1,
@@ -52,6 +59,52 @@ _FAULTS = [
         "registers_up<consumer_registers>()",
         "registers_up<232>()",
     ),
+    (
+        "gate rows freed while wgmma reads them",
+        _SPLIT,
+        "glm_gemm1_row_split",
+        "                mma_wait<1>();\n            }\n            release(room.gates_empty",
+        "            }\n            release(room.gates_empty",
+    ),
+    (
+        "token rows freed with the gate rows, before the up rows are multiplied",
+        _SPLIT,
+        "glm_gemm1_row_split",
+        "            release(room.gates_empty, weights.slot);\n            at.advance();",
+        "            release(room.gates_empty, weights.slot);\n            release(room.tokens_empty, at.slot);\n"
+        "            at.advance();",
+    ),
+    (
+        "up rows not waited for",
+        _SPLIT,
+        "glm_gemm1_row_split",
+        "            barrier_wait(room.ups_full + 8 * weights.slot, weights.parity);\n            if",
+        "            if",
+    ),
+    ("no proxy fence in the split form", _SPLIT, "glm_gemm1_row_split", "fence_proxy_async();", ""),
+    (
+        "a record overwritten while the output needs it",
+        _SPLIT,
+        "glm_gemm1_row_split",
+        "barrier_wait(room.record_empty + 8 * position.slot, position.parity ^ 1);",
+        "",
+    ),
+    (
+        "a record read before it is written",
+        _SPLIT,
+        "glm_gemm1_row_split",
+        "        warp_sync();\n        if (lane == 0) barrier_arrive(room.record_full",
+        "        if (lane == 0) barrier_arrive(room.record_full",
+    ),
+    (
+        "a tile drawn twice",
+        _SPLIT,
+        "glm_gemm1_row_split",
+        "grid_size() + atomic_next(counters)",
+        "block_index() + atomic_next(counters) + 1",
+    ),
+    ("the counters not zeroed", _SPLIT, "glm_gemm1_row_split", "counters[0] = counters[1] = 0;", "counters[0] = 0;"),
+    ("the reordering loses a tile", _SPLIT, "glm_gemm1_row_split", "with_both + which - both_before", "which"),
     (
         "sum before its products",
         _GEMM2,
@@ -181,13 +234,13 @@ def _options(seed: int) -> dict[str, int]:
 def test_planted_fault_is_found(
     changed_kernel: Callable[..., Path], name: str, file: str, kernel: str, text: str, other: str
 ) -> None:
-    only = {"glm_gemm1_row": _GEMM1}.get(kernel[:13], file)
+    only = {"glm_gemm1_row_c": _GEMM1}.get(kernel[:15], file)
     program = changed_kernel(file, text, other, only)
     outcomes = (run_check(program, kernel, seed=seed, timing=2 - seed % 2, **_options(seed)) for seed in range(1, 13))
     assert any(done.returncode for done in outcomes), f"{name}: not found by 12 runs"
 
 
-@pytest.mark.parametrize("file", [_GEMM1, _GEMM2, _DECODE1, _DECODE2])
+@pytest.mark.parametrize("file", [_GEMM1, _SPLIT, _GEMM2, _DECODE1, _DECODE2])
 def test_unchanged_kernels_pass_the_same_runs(changed_kernel: Callable[..., Path], file: str) -> None:
     kernels = {kernel for _, of_fault, kernel, _, _ in _FAULTS if of_fault == file}
     program = changed_kernel(file, "namespace glm_hopper", "namespace glm_hopper", file)

@@ -24,8 +24,12 @@
 #define GEMM2_PREFILL 3
 #define GEMM2_DECODE 4
 #define TOPK_SUM 5
+#define GEMM1_SPLIT 6
 #if CHECK_FILE(GEMM1_PREFILL)
 #include "gemm1_prefill.cu"
+#endif
+#if CHECK_FILE(GEMM1_SPLIT)
+#include "gemm1_split.cu"
 #endif
 #if CHECK_FILE(GEMM1_DECODE)
 #include "gemm1_decode.cu"
@@ -210,6 +214,10 @@ bool check_gemm1(Problem& p) {
         CALL(glm_gemm1_columns_c2);
         CALL(glm_gemm1_exact_c1);
 #endif
+#if CHECK_FILE(GEMM1_SPLIT)
+        CALL(glm_gemm1_row_split);
+        CALL(glm_gemm1_columns_split);
+#endif
 #undef CALL
 #define CALL(entry)                                                                                                              \
     if (name == #entry)                                                                                                          \
@@ -227,7 +235,8 @@ bool check_gemm1(Problem& p) {
 
     std::vector<float> value(256);
     for (int code = 0; code < 256; ++code) value[code] = fp8_value(code);
-    Report values{"act"}, scales{"act_scales"}, untouched{"act past the end"};
+    Report values{"act"}, scales{"act_scales"}, untouched{"act past the end"}, counters{"counters after"};
+    for (int i = 3; i < 4 + 2048; ++i) counters.compare(p.counts[i], 0, 0, i, 0);
     for (int row = 0; row < p.valid; ++row) {
         const int pair = p.rows[row], token = pair / p.top_k, e = p.local_ids[pair];
         std::vector<double> y(p.width);
@@ -259,8 +268,8 @@ bool check_gemm1(Problem& p) {
     }
     for (size_t i = static_cast<size_t>(p.valid) * p.width * (row_kernel ? 1 : 2); i < act.count; ++i) untouched.compare(act[i], 0xff, 0, i, 0);
     untouched.compare(0, 0, 0, 0, 0);
-    if (p.valid == 0) return untouched.done();
-    return values.done() & (!row_kernel || scales.done()) & untouched.done();
+    if (p.valid == 0) return untouched.done() & counters.done();
+    return values.done() & (!row_kernel || scales.done()) & untouched.done() & counters.done();
 }
 
 // What GEMM2's partials are: bf16 of the exact product; and the sum of them as the kernels make it.

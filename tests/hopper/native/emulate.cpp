@@ -622,6 +622,11 @@ float shuffle_xor(float value, int mask) {
     std::memcpy(&word, &value, 4);
     return bits_to_float(shuffle_xor(word, mask));
 }
+u32 ballot(bool bit) {
+    u32 bits = u32{bit} << (current->thread % 32);
+    for (int mask = 1; mask < 32; mask *= 2) bits |= shuffle_xor(bits, mask);
+    return bits;
+}
 void warp_sync() { meet(current->block->warps[current->thread / 32].meet, 32, "the warp"); }
 
 u32 shared_base() { return shared_start; }

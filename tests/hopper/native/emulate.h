@@ -65,6 +65,8 @@ int warp_uniform(int value);
 u32 shuffle_xor(u32 value, int mask);
 float shuffle_xor(float value, int mask);
 void warp_sync();
+u32 ballot(bool bit);
+inline int count_bits(u32 bits) { return __builtin_popcount(bits); }
 
 u32 shared_base();
 int load_shared_int(u32 address);
@@ -78,6 +80,7 @@ void store_shared_8(u32 address, Vector2 value);
 Vector4 load_fresh_16(const void* pointer);
 Vector4 load_16(const void* pointer);
 void touch(const float* pointer);
+inline void not_before(const float*&) {}
 Float2 load_constant_2(const float* pointer);
 void store_16(void* pointer, Vector4 value);
 inline void store_last_16(void* pointer, Vector4 value) { store_16(pointer, value); }
