@@ -9,6 +9,8 @@
 // the tiles of an expert, which lie side by side in the list, start at about the same time and read its weights from
 // memory once. The last tiles are drawn in another order: those that keep both multiplying warpgroups busy first.
 //
+// With AHEAD, what is copied is asked into L2 that many steps before: token rows by each tile, weights by an expert's first.
+//
 // Four warps fill the rings: one thread copies weights, one warp draws tiles and looks up ahead what belongs to them, two
 // gather token rows. Two warpgroups own 64 rows each and multiply.
 #include "ablation.cuh"
@@ -33,11 +35,13 @@ constexpr int first_gather_thread = 64;
 // their scales are four round trips, some 3 µs, and a step takes 1.2; drawn earlier than needed, tiles are shared out worse.
 constexpr int ask_ahead = 4;
 constexpr int reordered_tiles = 64;  // at the end of the list: as many as are left when the first blocks run out of tiles
+// To compare, by macros: GLM_STATIC_TILES, tiles by turns instead of drawn; GLM_IN_ORDER, the last ones in their order.
 constexpr int no_tile = -1;  // as a tile's size
 
 // What belongs to a tile, looked up by one warp for all others: two records, so that the next one is there in time.
 constexpr u32 record_size = 0, record_expert = 4, record_first_row = 8, record_column = 12;
-constexpr u32 record_sources = 16;                                // [128] tokens' rows, in chunks of 16 bytes
+constexpr u32 record_leads = 16;                                  // whether it is its expert's first
+constexpr u32 record_sources = 32;                                // [128] tokens' rows, in chunks of 16 bytes
 constexpr u32 record_scales = record_sources + 4 * split_rows;    // [128] tokens' scales
 constexpr u32 record_bytes = record_scales + 4 * split_rows;
 constexpr int records = 2;
@@ -73,8 +77,18 @@ GLM_DEVICE void split_step(float (&sums)[split_columns / 2], u32 tokens, u32 wei
     mma_commit();
 }
 
+GLM_DEVICE void split_ask_for_weights(const TensorMap& w13, int step, int half, int width, int column, int expert) {
+#pragma unroll
+    for (int box = 0; box < split_columns / split_box_rows; ++box) {
+        ask_for_box(w13, step * split_k_step, half * width + column + box * split_box_rows, expert);
+    }
+}
+
 // The warp that knows what comes next. An item is a tile and 192 columns, of which there are `blocks`.
-GLM_DEVICE void split_schedule(const Gemm1Arguments& p, int* counters, const SplitRoom& room, int tiles, int blocks, int lane) {
+template <int AHEAD>
+GLM_DEVICE void split_schedule(const TensorMap& w13, const Gemm1Arguments& p, int* counters, const SplitRoom& room, int tiles,
+                               int blocks, int lane) {
+    const int steps = p.hidden_size / split_k_step;
     const int items = tiles * blocks;
     const int reordered = tiles < reordered_tiles ? tiles : reordered_tiles;
     bool ordered = false;
@@ -121,6 +135,8 @@ GLM_DEVICE void split_schedule(const Gemm1Arguments& p, int* counters, const Spl
         }
 #endif
         const int expert = p.tiles[tile], first_row = p.tiles[p.max_tiles + tile], size = p.tiles[2 * p.max_tiles + tile];
+        const int column = item % blocks * split_columns;
+        const bool leads = AHEAD && (tile == 0 || p.tiles[tile - 1] != expert);
         const int chunks = p.hidden_size / chunk_bytes;
         int token[split_rows / 32];
 #pragma unroll
@@ -138,11 +154,24 @@ GLM_DEVICE void split_schedule(const Gemm1Arguments& p, int* counters, const Spl
             store_shared_int(record + record_size, size);
             store_shared_int(record + record_expert, expert);
             store_shared_int(record + record_first_row, first_row);
-            store_shared_int(record + record_column, item % blocks * split_columns);
+            store_shared_int(record + record_column, column);
+            store_shared_int(record + record_leads, leads);
         }
         warp_sync();
         if (lane == 0) barrier_arrive(room.record_full + 8 * position.slot);
         position.advance();
+        if (AHEAD) {  // of the first steps; whoever copies asks for the others
+#pragma unroll 1
+            for (int step = 0; step < AHEAD && step < steps; ++step) {
+                if (leads && lane < 2) split_ask_for_weights(w13, step, lane, p.intermediate_size, column, expert);
+#pragma unroll
+                for (int i = 0; i < split_rows / 32; ++i) {
+                    if (32 * i + lane < size) {
+                        ask_for_line(p.tokens + static_cast<u64>(static_cast<u32>(token[i])) * p.hidden_size + step * split_k_step);
+                    }
+                }
+            }
+        }
 
         barrier_wait(room.asked, asked_parity);
         asked_parity ^= 1;
@@ -156,6 +185,7 @@ GLM_DEVICE void split_schedule(const Gemm1Arguments& p, int* counters, const Spl
     if (lane == 0 && atomic_next_ordered(counters + 1) == grid_size() - 1) counters[0] = counters[1] = 0;
 }
 
+template <int AHEAD>
 GLM_DEVICE void split_copy_weights(const TensorMap& w13, const SplitRoom& room, int steps, int width) {
     Ring<weight_slots> position;
     Ring<records> record_position;
@@ -164,6 +194,7 @@ GLM_DEVICE void split_copy_weights(const TensorMap& w13, const SplitRoom& room, 
         const u32 record = room.record + record_position.slot * record_bytes;
         if (load_shared_int(record + record_size) == no_tile) break;
         const int expert = load_shared_int(record + record_expert), column = load_shared_int(record + record_column);
+        const bool leads = AHEAD && load_shared_int(record + record_leads);
         record_position.advance();
 #pragma unroll 1
         for (int step = 0; step < steps; ++step) {
@@ -182,12 +213,14 @@ GLM_DEVICE void split_copy_weights(const TensorMap& w13, const SplitRoom& room, 
                     copy_box(target + box * split_box_rows * split_k_step, w13, ready, step * split_k_step,
                              half * width + column + box * split_box_rows, expert);
                 }
+                if (AHEAD && leads && step + AHEAD < steps) split_ask_for_weights(w13, step + AHEAD, half, width, column, expert);
             }
             position.advance();
         }
     }
 }
 
+template <int AHEAD>
 GLM_DEVICE void split_gather(const u8* tokens, const SplitRoom& room, int steps, int thread) {
     const int row_in_round = thread / 8, chunk = gather_chunk(thread);
     const u32 target = swizzled_address(0, row_in_round, chunk * chunk_bytes);
@@ -207,6 +240,11 @@ GLM_DEVICE void split_gather(const u8* tokens, const SplitRoom& room, int steps,
             source[round] = chunk + static_cast<u32>(load_shared_int(
                                         record + record_sources + 4 * (row_in_round + round * split_gather_rows)));
         }
+        u32 line[split_rows / split_gather_threads];  // the rows that this thread asks into L2, in chunks
+#pragma unroll
+        for (int i = 0; AHEAD && i < split_rows / split_gather_threads; ++i) {
+            line[i] = load_shared_int(record + record_sources + 4 * (thread + i * split_gather_threads));
+        }
 #pragma unroll 1
         for (int step = 0; step < steps; ++step) {
             const u32 slot = room.tokens + position.slot * token_bytes;
@@ -222,13 +260,19 @@ GLM_DEVICE void split_gather(const u8* tokens, const SplitRoom& room, int steps,
             }
             copies_arrive(room.tokens_full + 8 * position.slot);
             if (step == ask_at && thread == 0) barrier_arrive(room.asked);
+#pragma unroll
+            for (int i = 0; AHEAD && i < split_rows / split_gather_threads; ++i) {
+                if (step + AHEAD < steps && thread + i * split_gather_threads < size) {
+                    ask_for_line(from + AHEAD * split_k_step + static_cast<u64>(line[i]) * chunk_bytes);
+                }
+            }
             position.advance();
         }
     }
 }
 
 // ROW: as in gemm1_output.
-template <bool ROW>
+template <bool ROW, int AHEAD>
 GLM_DEVICE void gemm1_split(const TensorMap& w13, const Gemm1Arguments& p, int* counters) {
     constexpr int producer_registers = 56, consumer_registers = 224;
     static_assert(producer_registers + split_consumers * consumer_registers <= 504, "setmaxnreg would wait for ever");
@@ -261,11 +305,11 @@ GLM_DEVICE void gemm1_split(const TensorMap& w13, const Gemm1Arguments& p, int* 
         registers_down<producer_registers>();
         const int warp = warp_uniform(thread / 32);
         if (warp == 0) {
-            if (thread == 0) split_copy_weights(w13, room, steps, p.intermediate_size);
+            if (thread == 0) split_copy_weights<AHEAD>(w13, room, steps, p.intermediate_size);
         } else if (warp == 1) {
-            split_schedule(p, counters, room, p.counts[1], p.intermediate_size / split_columns, thread % 32);
+            split_schedule<AHEAD>(w13, p, counters, room, p.counts[1], p.intermediate_size / split_columns, thread % 32);
         } else {
-            split_gather(p.tokens, room, steps, thread - first_gather_thread);
+            split_gather<AHEAD>(p.tokens, room, steps, thread - first_gather_thread);
         }
         return;
     }
@@ -370,15 +414,17 @@ GLM_DEVICE void gemm1_split(const TensorMap& w13, const Gemm1Arguments& p, int* 
 
 using namespace glm_hopper;
 
-#define GLM_GEMM1_SPLIT(name, row)                                                                                             \
+#define GLM_GEMM1_SPLIT(name, row, ahead)                                                                                      \
     GLM_KERNEL(384)                                                                                                            \
     name(GLM_MAP w13, const u8* tokens, const float* token_scales, const float* w13_scales, void* act, float* act_scales,      \
          const int* rows, const int* tiles, int* counts, int max_tiles, int hidden_size, int intermediate_size, int top_k) {   \
-        gemm1_split<row>(w13,                                                                                                  \
-                         {tokens, token_scales, w13_scales, act, act_scales, rows, tiles, counts, max_tiles, hidden_size,      \
-                          intermediate_size, top_k},                                                                           \
-                         counts + 3);                                                                                          \
+        gemm1_split<row, ahead>(w13,                                                                                           \
+                                {tokens, token_scales, w13_scales, act, act_scales, rows, tiles, counts, max_tiles,            \
+                                 hidden_size, intermediate_size, top_k},                                                       \
+                                counts + 3);                                                                                   \
     }
 
-GLM_GEMM1_SPLIT(glm_gemm1_row_split, true)
-GLM_GEMM1_SPLIT(glm_gemm1_columns_split, false)
+GLM_GEMM1_SPLIT(glm_gemm1_row_split, true, 0)
+GLM_GEMM1_SPLIT(glm_gemm1_columns_split, false, 0)
+GLM_GEMM1_SPLIT(glm_gemm1_row_split_l2, true, 4)
+GLM_GEMM1_SPLIT(glm_gemm1_columns_split_l2, false, 4)

@@ -132,6 +132,8 @@ GLM_DEVICE Vector4 load_fresh_16(const void* pointer) {
 GLM_DEVICE Vector4 load_16(const void* pointer) { return *static_cast<const Vector4*>(pointer); }
 // Brings a line of 128 bytes into L1 for loads to come. (A load nobody uses is dropped by ptxas, volatile or not.)
 GLM_DEVICE void touch(const float* pointer) { asm volatile("prefetch.global.L1 [%0];" ::"l"(pointer) : "memory"); }
+// Asks for a line of 128 bytes to come into L2.
+GLM_DEVICE void ask_for_line(const u8* pointer) { asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer) : "memory"); }
 // Keeps the compiler from computing an address, or loading from it, before this place.
 GLM_DEVICE void not_before(const float*& pointer) { asm volatile("" : "+l"(pointer)); }
 // What no launch writes, so that the compiler may move the load across stores.

@@ -34,6 +34,7 @@ constexpr int kProgrammaticStreamSerialization = 6;
 // CUtensorMapDataType, …Interleave, …Swizzle, …L2promotion, …FloatOOBfill
 constexpr int kUint8 = 0;
 constexpr int kInterleaveNone = 0;
+constexpr int kSwizzle64 = 2;
 constexpr int kSwizzle128 = 3;
 constexpr int kPromoteL2To128 = 2;
 constexpr int kPromoteL2To256 = 3;

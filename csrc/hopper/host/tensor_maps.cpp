@@ -23,6 +23,7 @@ const MapShape* shape_of(Map map) {
 const char* name_of(Map map) {
   switch (map) {
     case Map::w13_rows: return "w13_rows";
+    case Map::w13_half_steps: return "w13_half_steps";
     case Map::w13_interleaved: return "w13_interleaved";
     case Map::act_rows: return "act_rows";
     case Map::w2_rows: return "w2_rows";
@@ -36,7 +37,8 @@ Extents extents_of(const MapKey& key) {
   const auto [map, base, hidden_size, intermediate_size, row_count, expert_stride, promotion] = key;
   const uint64_t k = hidden_size, n = intermediate_size, rows = row_count, stride = expert_stride;
   switch (map) {
-    case Map::w13_rows: return {{k, 2 * n, rows}, {k, stride}};
+    case Map::w13_rows:
+    case Map::w13_half_steps: return {{k, 2 * n, rows}, {k, stride}};
     case Map::w13_interleaved: return {{k, 8, 2, n / 8, rows}, {k, n * k, 8 * k, stride}};
     case Map::act_rows: return {{n, rows}, {n}};
     case Map::w2_rows: return {{n, k, rows}, {n, stride}};
@@ -74,7 +76,7 @@ Result encode(const Driver& driver, const MapKey& key, TensorMap* out, std::stri
   alignas(128) TensorMap made;  // cuda.h asks for 64 in CUDA 12, for 128 in 13
   const Result result =
       driver.encode_tiled(&made, kUint8, unsigned(shape->rank), const_cast<void*>(std::get<const void*>(key)), extents.dims, extents.strides, box,
-                          ones, kInterleaveNone, kSwizzle128, promotion, kFillZeros);
+                          ones, kInterleaveNone, box[0] == 64 ? kSwizzle64 : kSwizzle128, promotion, kFillZeros);
   if (result != kSuccess)
     *error = describe(key, *shape) + ": " + driver.text_of(result);
   else

@@ -200,7 +200,9 @@ bool check_gemm1(Problem& p) {
     const long long k = p.hidden, n = p.width, expert = 2 * n * k;
     const emulate::MapFields rows_map{w13.data, 3, {k, 2 * n, p.experts}, {0, k, expert}, {128, 96, 1}};
     const emulate::MapFields interleaved{w13.data, 5, {k, 8, 2, n / 8, p.experts}, {0, k, n * k, 8 * k, expert}, {128, 8, 2, 4, 1}};
-    const TensorMap map = emulate::encode(decode ? &interleaved : &rows_map);
+    const emulate::MapFields half_steps{w13.data, 3, {k, 2 * n, p.experts}, {0, k, expert}, {64, 192, 1}};
+    const bool halves = p.kernel.maps[0] == Map::w13_half_steps;
+    const TensorMap map = emulate::encode(decode ? &interleaved : halves ? &half_steps : &rows_map);
     const std::string name = p.kernel.name;
     emulate::run(p.launch(), [&] {
 #define CALL(entry)                                                                                                              \
@@ -213,10 +215,14 @@ bool check_gemm1(Problem& p) {
         CALL(glm_gemm1_columns_c1);
         CALL(glm_gemm1_columns_c2);
         CALL(glm_gemm1_exact_c1);
+        CALL(glm_gemm1_row_k64_c1);
+        CALL(glm_gemm1_columns_k64_c1);
 #endif
 #if CHECK_FILE(GEMM1_SPLIT)
         CALL(glm_gemm1_row_split);
         CALL(glm_gemm1_columns_split);
+        CALL(glm_gemm1_row_split_l2);
+        CALL(glm_gemm1_columns_split_l2);
 #endif
 #undef CALL
 #define CALL(entry)                                                                                                              \

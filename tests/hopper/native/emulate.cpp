@@ -262,17 +262,19 @@ void launch_copy(std::function<void()> copy) {
     }
 }
 
-// 128-byte swizzle: chunk of 16 bytes ^= row of 128 bytes within 1024, both taken from the address.
-u32 place(u32 linear) {
+// 128-byte swizzle: chunk of 16 bytes ^= row of 128 bytes within 1024, both taken from the address. 64-byte swizzle: of those
+// chunks the last two bits ^= the last two of that row.
+u32 place(u32 linear, u32 width) {
     const u32 chunk = linear / 16 % 8, row = linear / 128 % 8;
-    return linear / 128 * 128 + (chunk ^ row) * 16 + linear % 16;
+    return linear / 128 * 128 + (chunk ^ (width == 128 ? row : row % 4)) * 16 + linear % 16;
 }
 
 void copy_tensor_box(u32 blocks, u32 target, const TensorMap& map, u32 barrier, std::vector<int> corner) {
     const MapFields& m = *reinterpret_cast<const MapFields*>(map.opaque[0]);
     if (static_cast<int>(corner.size()) != m.rank) fail("a box of rank %zu of a map of rank %d", corner.size(), m.rank);
     if (target % 1024) fail("swizzled box at shared address %u, want a multiple of 1024", target);
-    if (m.box[0] != 128 || corner[0] % 16) fail("inner box %d at %d", m.box[0], corner[0]);
+    const u32 width = m.box[0];  // of the swizzle too, abi.h says
+    if ((width != 128 && width != 64) || corner[0] % 16) fail("inner box %d at %d", m.box[0], corner[0]);
     u32 rows = 1;
     for (int i = 1; i < m.rank; ++i) rows *= m.box[i];
     Cluster& cluster = *current->block->cluster;
@@ -281,7 +283,8 @@ void copy_tensor_box(u32 blocks, u32 target, const TensorMap& map, u32 barrier, 
         if (blocks >> rank & 1) targets.push_back(cluster.blocks[rank].get());
     }
     if (blocks >> cluster.blocks.size()) fail("multicast to blocks %x of a cluster of %zu", blocks, cluster.blocks.size());
-    std::vector<u8> data(rows * 128);
+    const u32 bytes = rows * width;
+    std::vector<u8> data(bytes);
     for (u32 row = 0; row < rows; ++row) {
         const u8* from = m.base;
         bool inside = true;
@@ -292,19 +295,19 @@ void copy_tensor_box(u32 blocks, u32 target, const TensorMap& map, u32 barrier, 
             inside = inside && at >= 0 && at < m.dims[i];
             from += at * m.strides[i];
         }
-        for (int byte = 0; byte < 128; ++byte) {
+        for (u32 byte = 0; byte < width; ++byte) {
             const i64 at = corner[0] + byte;
-            if (inside && at >= 0 && at < m.dims[0]) data[row * 128 + byte] = from[at];
+            if (inside && at >= 0 && at < m.dims[0]) data[row * width + byte] = from[at];
         }
     }
-    for (Block* block : targets) std::memset(shared_at(*block, target, rows * 128), poison, rows * 128);
+    for (Block* block : targets) std::memset(shared_at(*block, target, bytes), poison, bytes);
     for (Block* block : targets) {
-        launch_copy([block, target, rows, barrier, data] {
+        launch_copy([block, target, width, bytes, barrier, data] {
             if (block->running == 0) fail("a box lands in block %d, which has ended", block->index);
-            for (u32 i = 0; i < rows * 128; ++i) *shared_at(*block, place(target + i), 1) = data[i];
-            for (u32 granule = 0; granule < rows * 8; ++granule) block->granules[(target - shared_start) / 16 + granule] = {};
+            for (u32 i = 0; i < bytes; ++i) *shared_at(*block, place(target + i, width), 1) = data[i];
+            for (u32 granule = 0; granule < bytes / 16; ++granule) block->granules[(target - shared_start) / 16 + granule] = {};
             Barrier& counted = barrier_at(*block, barrier);
-            counted.bytes -= rows * 128;
+            counted.bytes -= bytes;
             settle(counted);
             world->progress = true;
         });
@@ -313,12 +316,14 @@ void copy_tensor_box(u32 blocks, u32 target, const TensorMap& map, u32 barrier, 
 
 // Bytes (r, 0 … 31) of an operand, checked for the proxy fence.
 void read_row(u64 operand, int row, u8 (&bytes)[32]) {
-    if (operand >> 62 != 1 || (operand >> 49 & 7) != 0) fail("descriptor %llx: not the 128-byte swizzle", operand);
+    const u64 layout = operand >> 62;
+    if ((layout != 1 && layout != 2) || (operand >> 49 & 7) != 0) fail("descriptor %llx: neither the 128- nor the 64-byte swizzle", operand);
+    const u32 width = layout == 1 ? 128 : 64;
     const u32 start = (operand & 0x3fff) << 4, stride = (operand >> 32 & 0x3fff) << 4;
-    const u32 linear = start + row / 8 * stride + row % 8 * 128;
+    const u32 linear = start + row / 8 * stride + row % 8 * width;
     Block& block = *current->block;
     for (int half = 0; half < 2; ++half) {
-        const u32 address = place(linear + 16 * half);
+        const u32 address = place(linear + 16 * half, width);
         std::memcpy(bytes + 16 * half, shared_at(block, address, 16), 16);
         const Granule& granule = block.granules[(address - shared_start) / 16];
         if (granule.writer && current->fence_time <= granule.time && granule.writer->fence_time <= granule.time) {
@@ -651,6 +656,11 @@ static void store_global(void* pointer, T value) {
 Vector4 load_fresh_16(const void* pointer) { return load_global<Vector4>(pointer); }
 Vector4 load_16(const void* pointer) { return load_global<Vector4>(pointer); }
 void touch(const float* pointer) { load_global<float>(pointer); }
+// Only that it lies in the tensor: AddressSanitizer sees it.
+void ask_for_line(const u8* pointer) {
+    if (reinterpret_cast<u64>(pointer) % 16) fail("a line is asked for at %p", static_cast<const void*>(pointer));
+    static_cast<void>(*static_cast<const volatile u8*>(pointer));
+}
 Float2 load_constant_2(const float* pointer) { return load_global<Float2>(pointer); }
 void store_16(void* pointer, Vector4 value) { store_global(pointer, value); }
 void store_8(void* pointer, Vector2 value) { store_global(pointer, value); }
@@ -717,6 +727,13 @@ void named_barrier(int id, int threads) {
 void block_barrier() { meet(current->block->all, world->launch.block, "the block"); }
 void cluster_barrier() { meet(current->block->cluster->all, world->launch.block * world->launch.cluster, "the cluster"); }
 
+void ask_for_box(const TensorMap& map, int c0, int c1, int c2) {
+    const MapFields& m = *reinterpret_cast<const MapFields*>(map.opaque[0]);
+    const int corner[] = {c0, c1, c2};
+    for (int i = 0; i < 3; ++i) {
+        if (m.rank != 3 || corner[i] < 0 || corner[i] >= m.dims[i]) fail("a box is asked for at %d of dimension %d", corner[i], i);
+    }
+}
 void copy_box(u32 target, const TensorMap& map, u32 barrier, int c0, int c1) {
     copy_tensor_box(1u << current->block->rank, target, map, barrier, {c0, c1});
 }

@@ -81,6 +81,7 @@ Vector4 load_fresh_16(const void* pointer);
 Vector4 load_16(const void* pointer);
 void touch(const float* pointer);
 inline void not_before(const float*&) {}
+void ask_for_line(const u8* pointer);
 Float2 load_constant_2(const float* pointer);
 void store_16(void* pointer, Vector4 value);
 inline void store_last_16(void* pointer, Vector4 value) { store_16(pointer, value); }
@@ -127,6 +128,7 @@ void cluster_barrier();
 
 // tma.cuh
 inline void prefetch_map(const TensorMap&) {}
+void ask_for_box(const TensorMap& map, int c0, int c1, int c2);
 void copy_box(u32 target, const TensorMap& map, u32 barrier, int c0, int c1);
 void copy_box(u32 target, const TensorMap& map, u32 barrier, int c0, int c1, int c2);
 void copy_box(u32 target, const TensorMap& map, u32 barrier, int c0, int c1, int c2, int c3, int c4);

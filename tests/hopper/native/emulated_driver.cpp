@@ -39,8 +39,12 @@ void enter(const std::string& name, void** values) {
     ENTRY(glm_gemm1_columns_c1);
     ENTRY(glm_gemm1_columns_c2);
     ENTRY(glm_gemm1_exact_c1);
+    ENTRY(glm_gemm1_row_k64_c1);
+    ENTRY(glm_gemm1_columns_k64_c1);
     ENTRY(glm_gemm1_row_split);
     ENTRY(glm_gemm1_columns_split);
+    ENTRY(glm_gemm1_row_split_l2);
+    ENTRY(glm_gemm1_columns_split_l2);
     ENTRY(glm_gemm2_sum_n128);
     ENTRY(glm_gemm2_sum_n256);
     ENTRY(glm_gemm1_decode_t8);
@@ -91,7 +95,7 @@ DRIVER cuFuncSetAttribute(void*, int, int) { return 0; }
 
 DRIVER cuTensorMapEncodeTiled(void* map, int type, unsigned rank, void* base, const uint64_t* dims, const uint64_t* strides,
                               const unsigned* box, const unsigned* element_strides, int interleave, int swizzle, int, int fill) {
-    if (type != kUint8 || interleave || swizzle != kSwizzle128 || fill) return 1;
+    if (type != kUint8 || interleave || swizzle != (box[0] == 64 ? kSwizzle64 : kSwizzle128) || fill) return 1;
     auto* fields = new emulate::MapFields{};  // lives as long as the process, as maps in a cache do
     fields->base = static_cast<const unsigned char*>(base);
     fields->rank = static_cast<int>(rank);
