@@ -47,10 +47,10 @@ constexpr MapShape map_shapes[] = {
 // the second (tiles + 3 · max_tiles), built with BLOCK_M = the kernel's tile_rows. `counts` is routing.py's array.
 //
 // Family::gemm1 (all of glm_gemm1_row_*, glm_gemm1_columns_*; glm_gemm1_exact_c1 is columns with every K step summed in fp32):
-//     TensorMap w13_rows (w13_half_steps for k64), const u8* tokens [M, K] FP8, const float* token_scales [M], const float* w13_scales [E, 2N],
-//     void* act [P, N] (FP8 for row, bf16 for columns), float* act_scales [P] (row only; columns ignores it, pass null),
-//     const int* rows [P], const int* tiles, const int* counts, int max_tiles, int hidden_size, int intermediate_size,
-//     int top_k
+//     TensorMap w13_rows (w13_half_steps for k64), const u8* tokens [M, K] FP8, const float* token_scales [M],
+//     const float* w13_scales [E, 2N], void* act [P, N] (FP8 for row, bf16 for columns), float* act_scales [P] (row only;
+//     columns ignores it, pass null), const int* rows [P], const int* tiles, const int* counts, int max_tiles,
+//     int hidden_size, int intermediate_size, int top_k
 //     split: glm_gemm1_*_split* count tiles in counts[3] and counts[4], zeros before and after (routing.py keeps them).
 // Family::gemm2 (glm_gemm2_sum_*): GEMM2 and the top-k sum in one launch.
 //     TensorMap act_rows, TensorMap w2_rows, const float* act_scales [P], const float* w2_scales [E, K],

@@ -3,7 +3,7 @@
 //
 // A K step of 128 lies in three rings instead of one: token rows (4 slots of 16 KB), gate rows and up rows of the weights (3
 // slots of 24 KB each). The products of a step are two groups, gate's and up's, and what one has read is free while the
-// other multiplies. So 144 – 184 KB are on their way while one group works, where stages of 64 KB leave 128.
+// other multiplies. So some 156 KB are on their way, where three stages of 64 KB leave 100 (docs/kernel-notes.md).
 //
 // A block draws its tiles from a counter when it is about to need them, so that one with short tiles takes more of them, and
 // the tiles of an expert, which lie side by side in the list, start at about the same time and read its weights from
@@ -167,7 +167,8 @@ GLM_DEVICE void split_schedule(const TensorMap& w13, const Gemm1Arguments& p, in
 #pragma unroll
                 for (int i = 0; i < split_rows / 32; ++i) {
                     if (32 * i + lane < size) {
-                        ask_for_line(p.tokens + static_cast<u64>(static_cast<u32>(token[i])) * p.hidden_size + step * split_k_step);
+                        const u64 row = static_cast<u64>(static_cast<u32>(token[i])) * p.hidden_size;
+                        ask_for_line(p.tokens + row + step * split_k_step);
                     }
                 }
             }
@@ -213,7 +214,8 @@ GLM_DEVICE void split_copy_weights(const TensorMap& w13, const SplitRoom& room, 
                     copy_box(target + box * split_box_rows * split_k_step, w13, ready, step * split_k_step,
                              half * width + column + box * split_box_rows, expert);
                 }
-                if (AHEAD && leads && step + AHEAD < steps) split_ask_for_weights(w13, step + AHEAD, half, width, column, expert);
+                const int later = step + AHEAD;
+                if (AHEAD && leads && later < steps) split_ask_for_weights(w13, later, half, width, column, expert);
             }
             position.advance();
         }
