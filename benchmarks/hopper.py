@@ -391,6 +391,7 @@ def main() -> int:
         action="append",
         default=[],
         help="with --build: GLM_WAIT_LIMIT=400000000LL, GLM_GATHER_WAITS, GLM_SUM_TOKENS=16, GLM_STATIC_TILES, GLM_IN_ORDER, "
+        "GLM_WHOLE_TILES, "
         "GLM_WITHOUT_… of csrc/hopper/ablation.cuh",
     )
     parser.add_argument("--check", action="store_true")

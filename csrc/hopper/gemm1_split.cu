@@ -7,7 +7,8 @@
 //
 // A block draws its tiles from a counter when it is about to need them, so that one with short tiles takes more of them, and
 // the tiles of an expert, which lie side by side in the list, start at about the same time and read its weights from
-// memory once. The last tiles are drawn in another order: those that keep both multiplying warpgroups busy first.
+// memory once. Where no more than half of the blocks would have a last one, those tiles are drawn as halves of 64 rows; else
+// the last tiles are drawn in another order: those that keep both multiplying warpgroups busy first.
 //
 // With AHEAD, what is copied is asked into L2 that many steps before: token rows by each tile, weights by an expert's first.
 //
@@ -35,7 +36,13 @@ constexpr int first_gather_thread = 64;
 // their scales are four round trips, some 3 µs, and a step takes 1.2; drawn earlier than needed, tiles are shared out worse.
 constexpr int ask_ahead = 4;
 constexpr int reordered_tiles = 64;  // at the end of the list: as many as are left when the first blocks run out of tiles
-// To compare, by macros: GLM_STATIC_TILES, tiles by turns instead of drawn; GLM_IN_ORDER, the last ones in their order.
+// To compare, by macros: GLM_STATIC_TILES, tiles by turns instead of drawn; GLM_IN_ORDER, the last ones in their order;
+// GLM_WHOLE_TILES, none in halves.
+#ifdef GLM_WHOLE_TILES
+constexpr bool with_halves = false;
+#else
+constexpr bool with_halves = true;
+#endif
 constexpr int no_tile = -1;  // as a tile's size
 
 // What belongs to a tile, looked up by one warp for all others: two records, so that the next one is there in time.
@@ -84,31 +91,43 @@ GLM_DEVICE void split_ask_for_weights(const TensorMap& w13, int step, int half, 
     }
 }
 
-// The warp that knows what comes next. An item is a tile and 192 columns, of which there are `blocks`.
+// The warp that knows what comes next. An item is a tile and 192 columns, of which there are `blocks`; a draw is one or half
+// of one.
 template <int AHEAD>
 GLM_DEVICE void split_schedule(const TensorMap& w13, const Gemm1Arguments& p, int* counters, const SplitRoom& room, int tiles,
                                int blocks, int lane) {
     const int steps = p.hidden_size / split_k_step;
-    const int items = tiles * blocks;
+    const int items = tiles * blocks, rest = items % grid_size();
+    const bool halves = with_halves && rest > 0 && 2 * rest <= grid_size();  // of the last `rest` items
+    const int whole = halves ? items - rest : items, draws = whole + 2 * (items - whole);
     const int reordered = tiles < reordered_tiles ? tiles : reordered_tiles;
     bool ordered = false;
     Ring<records> position;
     u32 asked_parity = 0;
-    int item = block_index();
+    int draw = block_index();
+    auto next_draw = [&] {
+#ifdef GLM_STATIC_TILES
+        return draw + grid_size();
+#else
+        return warp_uniform(lane == 0 ? grid_size() + atomic_next(counters) : 0);
+#endif
+    };
     while (true) {
         barrier_wait(room.record_empty + 8 * position.slot, position.parity ^ 1);
         const u32 record = room.record + position.slot * record_bytes;
-        if (item >= items) {
+        if (draw >= draws) {
             if (lane == 0) {
                 store_shared_int(record + record_size, no_tile);
                 barrier_arrive(room.record_full + 8 * position.slot);
             }
             break;
         }
+        const int half = draw < whole ? 0 : (draw - whole) % 2;
+        const int item = draw < whole ? draw : whole + (draw - whole) / 2;
         int tile = item / blocks;
         const int before = tiles - reordered;  // tiles that keep their order
 #ifndef GLM_IN_ORDER
-        if (tile >= before) {
+        if (!halves && tile >= before) {
             if (!ordered) {
                 // Place of every tile among them: first those with rows for both warpgroups, then the others.
                 ordered = true;
@@ -134,7 +153,13 @@ GLM_DEVICE void split_schedule(const TensorMap& w13, const Gemm1Arguments& p, in
             tile = before + load_shared_int(room.order + 4 * (tile - before));
         }
 #endif
-        const int expert = p.tiles[tile], first_row = p.tiles[p.max_tiles + tile], size = p.tiles[2 * p.max_tiles + tile];
+        const int expert = p.tiles[tile], first_row = p.tiles[p.max_tiles + tile] + half * mma_rows;
+        int size = p.tiles[2 * p.max_tiles + tile] - half * mma_rows;
+        if (draw >= whole && size > mma_rows) size = mma_rows;
+        if (size <= 0) {  // the tile has no second half
+            draw = next_draw();
+            continue;
+        }
         const int column = item % blocks * split_columns;
         const bool leads = AHEAD && (tile == 0 || p.tiles[tile - 1] != expert);
         const int chunks = p.hidden_size / chunk_bytes;
@@ -176,11 +201,7 @@ GLM_DEVICE void split_schedule(const TensorMap& w13, const Gemm1Arguments& p, in
 
         barrier_wait(room.asked, asked_parity);
         asked_parity ^= 1;
-#ifdef GLM_STATIC_TILES
-        item += grid_size();
-#else
-        item = warp_uniform(lane == 0 ? grid_size() + atomic_next(counters) : 0);
-#endif
+        draw = next_draw();
     }
     // The last block to be through leaves zeros for the next launch.
     if (lane == 0 && atomic_next_ordered(counters + 1) == grid_size() - 1) counters[0] = counters[1] = 0;

@@ -27,6 +27,10 @@ _CASES = [
     ("glm_gemm1_row_split", {"tokens": 300, "skew": 1, "experts": 40, "grid": 4}),
     ("glm_gemm1_row_split", {"tokens": 400, "experts": 90, "grid": 5, "resident": 1}),
     ("glm_gemm1_columns_split", {"tokens": 129, "width": 384, "hidden": 512}),
+    # Halves: of all tiles, some without a second one; of the last two of twelve; of one.
+    ("glm_gemm1_row_split", {"tokens": 100, "experts": 3, "grid": 8}),
+    ("glm_gemm1_columns_split", {"tokens": 230, "experts": 1, "invalid": 0, "top_k": 3, "width": 384, "grid": 5}),
+    ("glm_gemm1_row_split", {"tokens": 300, "experts": 1, "invalid": 0, "top_k": 1, "grid": 2}),
     # What is asked into L2 ahead must lie in the tensors, also where a row has fewer steps than that.
     ("glm_gemm1_row_split_l2", {"tokens": 150, "hidden": 1280, "skew": 1}),
     ("glm_gemm1_columns_split_l2", {"tokens": 65, "width": 384}),
@@ -90,7 +94,7 @@ def test_extreme_timings_give_the_same(check_program: Path, kernel: str, timing:
     assert done.returncode == 0, f"seed={SEED}\n{done.stdout}{done.stderr}"
 
 
-@pytest.mark.parametrize("macro", ["GLM_STATIC_TILES", "GLM_IN_ORDER"])
+@pytest.mark.parametrize("macro", ["GLM_STATIC_TILES", "GLM_IN_ORDER", "GLM_WHOLE_TILES"])
 def test_tiles_by_turns_or_in_order_are_as_right(changed_kernel: Callable[..., Path], macro: str) -> None:
     file = "gemm1_split.cu"
     program = changed_kernel(file, '#include "ablation.cuh"', f'#define {macro}\n#include "ablation.cuh"', file)

@@ -132,6 +132,21 @@ _FAULTS = [
         "block_index() + atomic_next(counters) + 1",
     ),
     ("the counters not zeroed", _SPLIT, "glm_gemm1_row_split", "counters[0] = counters[1] = 0;", "counters[0] = 0;"),
+    (
+        "the second half of a tile at the first one's rows",
+        _SPLIT,
+        "glm_gemm1_row_split",
+        "p.tiles[p.max_tiles + tile] + half * mma_rows",
+        "p.tiles[p.max_tiles + tile]",
+    ),
+    (
+        "the second half of a tile as long as the first",
+        _SPLIT,
+        "glm_gemm1_row_split",
+        "p.tiles[2 * p.max_tiles + tile] - half * mma_rows",
+        "p.tiles[2 * p.max_tiles + tile]",
+    ),
+    ("a half left out", _SPLIT, "glm_gemm1_row_split", "whole + 2 * (items - whole)", "whole + (items - whole)"),
     ("the reordering loses a tile", _SPLIT, "glm_gemm1_row_split", "with_both + which - both_before", "which"),
     (
         "sum before its products",
@@ -251,10 +266,13 @@ _FAULTS = [
 ]
 
 
-def _options(seed: int) -> dict[str, int]:
-    """Of a run. GEMM2 by bands in every other: with a short one at the end, or also with some that have no valid pair."""
+def _options(kernel: str, seed: int) -> dict[str, int]:
+    """Of a run. GEMM2 by bands in every other: with a short one at the end, or also with some that have no valid pair. Split
+    GEMM1 in every other with so many blocks that tiles are halved."""
     shared = {"tokens": 150, "hidden": 512, "slice": 128, "slots": 2, "experts": 2}
     banded = {2: {"band": 64, "grid": 2}, 3: {"band": 32, "grid": 4, "silent": 0b110}}
+    if "_split" in kernel:
+        return {**shared, "grid": 9 if seed % 2 else 2}
     return {**shared, **banded.get(seed % 4, {"grid": 2})}
 
 
@@ -264,7 +282,7 @@ def test_planted_fault_is_found(
 ) -> None:
     only = _GEMM1 if kernel.endswith(("_c1", "_c2")) else file
     program = changed_kernel(file, text, other, only)
-    outcomes = (run_check(program, kernel, seed=seed, timing=2 - seed % 2, **_options(seed)) for seed in range(1, 13))
+    outcomes = (run_check(program, kernel, seed=seed, timing=2 - seed % 2, **_options(kernel, seed)) for seed in range(1, 13))
     assert any(done.returncode for done in outcomes), f"{name}: not found by 12 runs"
 
 
@@ -274,5 +292,5 @@ def test_unchanged_kernels_pass_the_same_runs(changed_kernel: Callable[..., Path
     program = changed_kernel(file, "namespace glm_hopper", "namespace glm_hopper", file)
     for kernel in kernels:
         for seed, timing in ((1, 2), (2, 1)):
-            done = run_check(program, kernel, seed=seed, timing=timing, **_options(seed))
+            done = run_check(program, kernel, seed=seed, timing=timing, **_options(kernel, seed))
             assert done.returncode == 0, done.stdout + done.stderr
