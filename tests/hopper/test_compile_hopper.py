@@ -98,15 +98,57 @@ def test_shared_memory_fits_a_hopper_block(entry: Entry) -> None:
         assert entry.shared_bytes(width) <= SHARED
 
 
-def test_machine_code_has_the_instructions_meant(reports: dict[str, str]) -> None:
+@pytest.fixture(scope="module")
+def code(reports: dict[str, str]) -> dict[str, str]:
+    """The machine code of each source, as text."""
     triton = pytest.importorskip("triton")
     nvdisasm = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
     if not os.access(nvdisasm, os.X_OK):
         pytest.skip("this Triton brings no nvdisasm")
-    code = {}
+    made = {}
     for source in SOURCES:
         cubin = Path(reports["folder"]) / f"{source}.cubin"
-        code[source] = subprocess.run([nvdisasm, "-c", cubin], capture_output=True, text=True, check=True, timeout=120).stdout
+        made[source] = subprocess.run([nvdisasm, "-c", cubin], capture_output=True, text=True, check=True, timeout=120).stdout
+    return made
+
+
+def kernels_of(code: str) -> dict[str, str]:
+    """The machine code of each kernel of a source."""
+    return dict(re.findall(r"^\.text\.(glm_\w+):(.*?)(?=^\.text\.|\Z)", code, re.MULTILINE | re.DOTALL))
+
+
+def most_registers(lines: list[str], start: int) -> int:
+    """Of all instructions that can be reached from one, the highest register's number and 1."""
+    labels = {line: index for index, line in enumerate(lines) if line.startswith(".L_x_")}
+    seen: set[int] = set()
+    ahead, most = [start], 0
+    while ahead:
+        index = ahead.pop()
+        if index in seen or index >= len(lines):
+            continue
+        seen.add(index)
+        line = lines[index]
+        most = max([most, *(1 + int(number) for number in re.findall(r"\bR(\d+)\b", line))])
+        if target := re.search(r"`\((\.L_x_\d+)\)", line):
+            ahead.append(labels[target[1]])
+        if not re.match(r"(EXIT|RET|BRA)\b", line):  # with a predicate they start with it, and may go on
+            ahead.append(index + 1)
+    return most
+
+
+@pytest.mark.parametrize("source", ["gemm1_prefill.cu", "gemm1_split.cu", "gemm2_prefill.cu"])
+def test_no_role_uses_more_registers_than_setmaxnreg_leaves_it(code: dict[str, str], source: str) -> None:
+    for name, body in kernels_of(code[source]).items():
+        found = re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(.*?)\s*;|^(\.L_x_\d+):", body, re.MULTILINE)
+        lines = [instruction or label for instruction, label in found]
+        asked = {index: int(line.split()[-1], 16) for index, line in enumerate(lines) if "USETMAXREG" in line}
+        assert len(asked) >= 2, name
+        for index, registers in asked.items():
+            assert 24 <= registers <= 240
+            assert 8 <= most_registers(lines, index) <= registers, f"{name}: {lines[index]}"
+
+
+def test_machine_code_has_the_instructions_meant(code: dict[str, str]) -> None:
     for source in SOURCES[:-1]:
         assert "QGMMA" in code[source], f"{source} multiplies without wgmma"
         assert "UTMALDG" in code[source], f"{source} reads its weights without TMA"
@@ -123,7 +165,7 @@ def test_machine_code_has_the_instructions_meant(reports: dict[str, str]) -> Non
         assert "STG.E.128" in code[source]
     # The wgmma of a group are waited for together: one wait a group, and one more at the end where the last runs on till then.
     for source in ("gemm1_prefill.cu", "gemm1_split.cu"):
-        for name, body in re.findall(r"^\.text\.(glm_\w+):(.*?)(?=^\.text\.|\Z)", code[source], re.MULTILINE | re.DOTALL):
+        for name, body in kernels_of(code[source]).items():
             products = 4 if "_k64_" in name or "_split" in name else 8
             waits = body.count("WARPGROUP.DEPBAR")
             assert waits >= 1 and body.count("QGMMA") == products * max(waits - 1, 1), name
