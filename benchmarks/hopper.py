@@ -3,11 +3,14 @@
     python benchmarks/hopper.py --build --check --out $OUT                  # every kernel, small shapes first
     python benchmarks/hopper.py --build --define GLM_WAIT_LIMIT=400000000LL --check --only row_c2 --out $OUT   # who hangs?
     python benchmarks/hopper.py --out $OUT [--shapes TP8] [--tokens 8192,64] [--seconds 420]
+    python benchmarks/hopper.py --out $OUT --tokens 8192,2048 --only "n256 slice 256×2 spread"    # every GEMM1 once
+    python benchmarks/hopper.py --build --define GLM_WITHOUT_PRODUCTS --out $OUT …                # GEMM1 without a part of it
 
 The work is done in a child process: one that hangs or dies is killed, reported with the case it was at, and a new one
 goes on behind it. `$OUT/hopper.jsonl` has every line as data. Times are medians of CUDA-graph replays in microseconds,
-a step's is that step alone; routing is spread. Nothing here changes which backend serves. A check takes 2 – 4 minutes on a
-fresh machine, most of it Triton's compilation of the prologue for each tile height; `--seconds` ends it earlier.
+a step's is that step alone; routing is spread. csrc/hopper/ablation.cuh has what `--define` can leave out of GEMM1; build
+once more without it afterwards. Nothing here changes which backend serves. A check takes 2 – 4 minutes on a fresh machine,
+most of it Triton's compilation of the prologue for each tile height; `--seconds` ends it earlier.
 """
 
 from __future__ import annotations
@@ -75,7 +78,8 @@ def checks() -> list[Case]:
         Case("TP8", 700, "triton", second[0], experts=16, routing="bad"),
         Case("TP4", 333, "triton", second[1], experts=16),
     ]
-    for first in ("row_c1", "row_c2", "columns_c1", "columns_c2", "exact_c1"):
+    variants = ("c1", "c2", "k64_c1", "split", "split_l2")
+    for first in (*(f"{kind}_{variant}" for variant in variants for kind in ("row", "columns")), "exact_c1"):
         for gemm2 in second:
             cases += [
                 Case("TP8", 16, f"glm_gemm1_{first}", gemm2, experts=1, routing="collapsed"),
@@ -98,6 +102,10 @@ def checks() -> list[Case]:
             Case("TP4", 333, "glm_gemm1_columns_c1", gemm2, 512, 2, experts=16),
             Case("EP8", 500, "glm_gemm1_columns_c2", gemm2, 256, 3),
             Case("TP8", 8191, "glm_gemm1_row_c1", gemm2, 256, 2),
+            Case("TP8", 8191, "glm_gemm1_row_k64_c1", gemm2, 256, 2),
+            Case("TP8", 8191, "glm_gemm1_row_split", gemm2, 256, 2),
+            Case("TP8", 8192, "glm_gemm1_row_split_l2", gemm2, 256, 2, routing="skewed"),
+            Case("TP4", 2048, "glm_gemm1_columns_split", gemm2, 256, 2, routing="skewed"),
             Case("TP8", 8192, "glm_gemm1_row_c2", gemm2, 512, 3, routing="skewed"),
         ]
     cases += [
@@ -120,8 +128,9 @@ def timed(shape: str, tokens: int) -> list[Case]:
                 cases += [Case(shape, tokens, *pair), Case(shape, tokens, *pair, programmatic=False)]
                 cases += [Case(shape, tokens, "triton", pair[1])]
     if density >= 16:
-        kinds = ("row_c1", "row_c2") if width == 192 else ("columns_c1", "columns_c2")
-        first = [*(f"glm_gemm1_{kind}" for kind in (*kinds, "exact_c1")), "triton"]
+        kind = "row" if width == 192 else "columns"
+        variants = [f"glm_gemm1_{kind}_{variant}" for variant in ("c1", "c2", "k64_c1", "split", "split_l2")]
+        first = [*variants, "glm_gemm1_exact_c1", "triton"]
         second = [("n256", 256, 2), ("n128", 128, 2), ("n128", 128, 3), ("n128", 256, 2), ("n256", 512, 2), ("n256", 1024, 2)]
         cases += [Case(shape, tokens, name, "glm_gemm2_sum_n256", 256, 2) for name in first]
         cases += [Case(shape, tokens, first[0], f"glm_gemm2_sum_{name}", width_, slots) for name, width_, slots in second[1:]]
@@ -399,7 +408,8 @@ def main() -> int:
         "--define",
         action="append",
         default=[],
-        help="with --build: GLM_WAIT_LIMIT=400000000LL, GLM_GATHER_WAITS, GLM_SUM_TOKENS=16; GLM_WITHOUT_… (_stationary_)",
+        help="with --build: GLM_WAIT_LIMIT=400000000LL, GLM_GATHER_WAITS, GLM_SUM_TOKENS=16, GLM_STATIC_TILES, GLM_IN_ORDER, "
+        "GLM_WHOLE_TILES, GLM_WITHOUT_… of csrc/hopper/ablation.cuh and gemm2_stationary.cu",
     )
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--only", default="", help="cases whose text has this")

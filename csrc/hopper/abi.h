@@ -21,6 +21,7 @@ struct alignas(64) TensorMap {
 enum class Map : int {
     none = 0,
     w13_rows,         // dims {K, 2N, E}       strides {K, expert}          box {128, 96, 1}
+    w13_half_steps,   // the same, and              box {64, 192, 1}
     w13_interleaved,  // dims {K, 8, 2, N/8, E} strides {K, N·K, 8·K, expert} box {128, 8, 2, 4, 1}
     act_rows,         // dims {N, P}           strides {N}                  box {128, 128}
     w2_rows,          // dims {N, K, E}        strides {N, expert}          box {128, 128, 1}
@@ -36,6 +37,7 @@ struct MapShape {
 
 constexpr MapShape map_shapes[] = {
     {Map::w13_rows, 3, {128, 96, 1, 0, 0}},
+    {Map::w13_half_steps, 3, {64, 192, 1, 0, 0}},
     {Map::w13_interleaved, 5, {128, 8, 2, 4, 1}},
     {Map::act_rows, 2, {128, 128, 0, 0, 0}},
     {Map::w2_rows, 3, {128, 128, 1, 0, 0}},
@@ -49,10 +51,11 @@ constexpr MapShape map_shapes[] = {
 // the second (tiles + 3 · max_tiles), built with BLOCK_M = the kernel's tile_rows. `counts` is routing.py's array.
 //
 // Family::gemm1 (all of glm_gemm1_row_*, glm_gemm1_columns_*; glm_gemm1_exact_c1 is columns with every K step summed in fp32):
-//     TensorMap w13_rows, const u8* tokens [M, K] FP8, const float* token_scales [M], const float* w13_scales [E, 2N],
-//     void* act [P, N] (FP8 for row, bf16 for columns), float* act_scales [P] (row only; columns ignores it, pass null),
-//     const int* rows [P], const int* tiles, const int* counts, int max_tiles, int hidden_size, int intermediate_size,
-//     int top_k
+//     TensorMap w13_rows (w13_half_steps for k64), const u8* tokens [M, K] FP8, const float* token_scales [M],
+//     const float* w13_scales [E, 2N], void* act [P, N] (FP8 for row, bf16 for columns), float* act_scales [P] (row only;
+//     columns ignores it, pass null), const int* rows [P], const int* tiles, const int* counts, int max_tiles,
+//     int hidden_size, int intermediate_size, int top_k
+//     split: glm_gemm1_*_split* count tiles in counts[3] and counts[4], zeros before and after (routing.py keeps them).
 // Family::gemm2 (glm_gemm2_sum_*): GEMM2 and the top-k sum in one launch.
 //     TensorMap act_rows, TensorMap w2_rows, const float* act_scales [P], const float* w2_scales [E, K],
 //     const float* topk_weights [P], bf16* partial [slots, band · top_k, slice], const int* local_ids [P], bf16* out [M, K],
@@ -113,6 +116,13 @@ constexpr Kernel kernels[] = {
     {"glm_gemm1_columns_c1", "gemm1_prefill.cu", Family::gemm1, Grid::persistent, 384, 1, 128, 192, 3, 65536, false, {Map::w13_rows, Map::none}},
     {"glm_gemm1_columns_c2", "gemm1_prefill.cu", Family::gemm1, Grid::persistent, 384, 2, 256, 192, 3, 65536, false, {Map::w13_rows, Map::none}},
     {"glm_gemm1_exact_c1", "gemm1_prefill.cu", Family::gemm1, Grid::persistent, 384, 1, 128, 96, 5, 40960, false, {Map::w13_rows, Map::none}},
+    {"glm_gemm1_row_k64_c1", "gemm1_prefill.cu", Family::gemm1, Grid::persistent, 384, 1, 128, 192, 6, 32768, false, {Map::w13_half_steps, Map::none}},
+    {"glm_gemm1_columns_k64_c1", "gemm1_prefill.cu", Family::gemm1, Grid::persistent, 384, 1, 128, 192, 6, 32768, false, {Map::w13_half_steps, Map::none}},
+    // 13 × 16 KB: four slots of token rows, and of either half of the weights three of 24 KB.
+    {"glm_gemm1_row_split", "gemm1_split.cu", Family::gemm1, Grid::persistent, 384, 1, 128, 192, 13, 16384, false, {Map::w13_rows, Map::none}},
+    {"glm_gemm1_columns_split", "gemm1_split.cu", Family::gemm1, Grid::persistent, 384, 1, 128, 192, 13, 16384, false, {Map::w13_rows, Map::none}},
+    {"glm_gemm1_row_split_l2", "gemm1_split.cu", Family::gemm1, Grid::persistent, 384, 1, 128, 192, 13, 16384, false, {Map::w13_rows, Map::none}},
+    {"glm_gemm1_columns_split_l2", "gemm1_split.cu", Family::gemm1, Grid::persistent, 384, 1, 128, 192, 13, 16384, false, {Map::w13_rows, Map::none}},
     {"glm_gemm2_sum_n128", "gemm2_prefill.cu", Family::gemm2, Grid::persistent, 512, 1, 128, 128, 6, 32768, false, {Map::act_rows, Map::w2_rows}},
     {"glm_gemm2_sum_n256", "gemm2_prefill.cu", Family::gemm2, Grid::persistent, 512, 1, 128, 256, 4, 49152, false, {Map::act_rows, Map::w2_rows}},
     {"glm_gemm2_stationary_t640", "gemm2_stationary.cu", Family::gemm2_stationary, Grid::persistent, 384, 1, 48, 64, 3, 21504, true, {Map::act_steps, Map::w2_steps}, 640},

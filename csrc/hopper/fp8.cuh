@@ -11,11 +11,12 @@ constexpr float min_scale = 1.0f / (448.0f * 512.0f);  // the smallest scale vLL
 // amax → scale of the row.
 GLM_DEVICE float quantisation_scale(float amax) { return larger(divide_exactly(amax, fp8_max), min_scale); }
 
-// x / scale as IEEE would round it, from inverse = 1 / scale and one exact remainder (Markstein), clamped to ±448.
+// x / scale as IEEE would round it, from inverse = 1 / scale and one exact remainder (Markstein). At least −448, NaN too;
+// pack_fp8 sees to +448.
 GLM_DEVICE float quotient(float x, float scale, float inverse) {
     const float q = x * inverse;
     const float exact = multiply_add(multiply_add(-q, scale, x), inverse, q);
-    return smaller(larger(exact, -fp8_max), fp8_max);
+    return larger(exact, -fp8_max);
 }
 
 // silu(gate) · up.

@@ -1,40 +1,28 @@
 // GEMM1 for many tokens: gathered FP8 rows × w13ᵀ, SwiGLU in registers, and at width 192 requantisation too.
 //
 // Work item: 128 rows of one expert (of a tile of 128 · CLUSTER rows) × COLUMNS gate and the same COLUMNS up columns. A
-// block takes items in turn until none is left. Three warpgroups: the first fills a ring of K steps of 128 (weights by TMA,
+// block takes items in turn until none is left. Three warpgroups: the first fills a ring of K steps of 128 or 64 (weights by TMA,
 // token rows by cp.async), the other two own 64 rows each and multiply. In a cluster of two the blocks share an expert:
 // each fetches half the weight rows for both.
+#include "ablation.cuh"
 #include "barrier.cuh"
-#include "epilogue.cuh"
 #include "gather.cuh"
-#include "mma.cuh"
+#include "gemm1_output.cuh"
 #include "tma.cuh"
 
 namespace glm_hopper {
 
 constexpr int gemm1_rows = 128;      // rows of a block's item
 constexpr int gemm1_consumers = 2;   // warpgroups that multiply
-constexpr int gemm1_box_rows = 96;   // weight rows of one TMA box (Map::w13_rows)
-constexpr int k_step = 128;          // bytes, and FP8 elements, of K in one stage
 
-struct Gemm1Arguments {
-    const u8* tokens;
-    const float* token_scales;
-    const float* w13_scales;
-    void* act;
-    float* act_scales;
-    const int* rows;
-    const int* tiles;
-    const int* counts;
-    int max_tiles, hidden_size, intermediate_size, top_k;
-};
-
-// One K step of the gate and the up half. a: 64 rows of tokens; COLUMNS weight rows each at gate_rows and up_rows.
-template <int COLUMNS>
+// One K step of K_STEP bytes, and FP8 elements, of the gate and the up half. a: 64 rows of tokens; COLUMNS weight rows of the
+// gate at gate_rows, and those of up behind them.
+template <int COLUMNS, int K_STEP>
 GLM_DEVICE void gemm1_step(float (&gate)[COLUMNS / 2], float (&up)[COLUMNS / 2], u32 a, u32 gate_rows, bool accumulate) {
-    const u64 token_rows = descriptor(a), gates = descriptor(gate_rows), ups = descriptor(gate_rows + COLUMNS * 128);
+    const u64 token_rows = descriptor<K_STEP>(a), gates = descriptor<K_STEP>(gate_rows);
+    const u64 ups = descriptor<K_STEP>(gate_rows + COLUMNS * K_STEP);
 #pragma unroll
-    for (int step = 0; step < k_step / mma_k; ++step) {
+    for (int step = 0; step < K_STEP / mma_k; ++step) {
         mma<COLUMNS>(gate, token_rows + step * descriptor_step, gates + step * descriptor_step, accumulate || step > 0);
         mma<COLUMNS>(up, token_rows + step * descriptor_step, ups + step * descriptor_step, accumulate || step > 0);
     }
@@ -43,11 +31,12 @@ GLM_DEVICE void gemm1_step(float (&gate)[COLUMNS / 2], float (&up)[COLUMNS / 2],
 
 // ROW: act is FP8 with act_scales, and COLUMNS is the whole width; else bf16. PROMOTE: every K step is summed outside the
 // tensor core, whose own sums keep some 14 bits.
-template <int COLUMNS, int CLUSTER, bool ROW, bool PROMOTE, int STAGES>
+template <int COLUMNS, int CLUSTER, bool ROW, bool PROMOTE, int STAGES, int K_STEP>
 GLM_DEVICE void gemm1_prefill(const TensorMap& w13, const Gemm1Arguments& p) {
-    constexpr u32 a_bytes = gemm1_rows * k_step, b_bytes = 2 * COLUMNS * k_step, stage_bytes = a_bytes + b_bytes;
-    constexpr int boxes = COLUMNS / gemm1_box_rows;  // of the gate half, and as many of the up half
-    static_assert(COLUMNS % gemm1_box_rows == 0 && boxes % CLUSTER == 0, "each block of a cluster fetches whole boxes");
+    constexpr u32 a_bytes = gemm1_rows * K_STEP, b_bytes = 2 * COLUMNS * K_STEP, stage_bytes = a_bytes + b_bytes;
+    constexpr int box_rows = K_STEP == 128 ? 96 : 192;  // weight rows of one TMA box (Map::w13_rows, Map::w13_half_steps)
+    constexpr int boxes = COLUMNS / box_rows;           // of the gate half, and as many of the up half
+    static_assert(COLUMNS % box_rows == 0 && boxes % CLUSTER == 0, "each block of a cluster fetches whole boxes");
     constexpr int consumer_warps = gemm1_consumers * 4;
     // A launch of 384 threads gets 168 registers for each: 504 for the three roles. Either split spilled for the other case.
     constexpr int producer_registers = CLUSTER == 1 ? 56 : 40, consumer_registers = CLUSTER == 1 ? 224 : 232;
@@ -75,16 +64,16 @@ GLM_DEVICE void gemm1_prefill(const TensorMap& w13, const Gemm1Arguments& p) {
 
     const int blocks = p.intermediate_size / COLUMNS;
     const int items = p.counts[1] * blocks;
-    const int steps = p.hidden_size / k_step;
+    const int steps = p.hidden_size / K_STEP;
     const int first_item = block_index() / CLUSTER, stride = grid_size() / CLUSTER;
     Ring<STAGES> position;
 
     if (warpgroup == 0) {
         registers_down<producer_registers>();
-        constexpr int rounds = gemm1_rows / gather_rows;
-        const int chunk = gather_chunk(thread);
+        constexpr int rows_a_round = gather_rows_of<K_STEP>, rounds = gemm1_rows / rows_a_round;
+        const int chunk = gather_chunk<K_STEP>(thread);
         const int chunks = p.hidden_size / chunk_bytes;
-        const u32 target = gather_target(thread);
+        const u32 target = gather_target<K_STEP>(thread);
         for (int item = first_item; item < items; item += stride) {
             const int tile = item / blocks, column = item % blocks * COLUMNS;
             const int expert = p.tiles[tile];
@@ -94,7 +83,7 @@ GLM_DEVICE void gemm1_prefill(const TensorMap& w13, const Gemm1Arguments& p) {
             u32 source[rounds];
 #pragma unroll
             for (int round = 0; round < rounds; ++round) {
-                const int row = gather_row(thread, round);
+                const int row = gather_row<K_STEP>(thread, round);
                 source[round] = 0;
                 if (row < size) source[round] = static_cast<u32>(p.rows[first_row + row] / p.top_k) * chunks + chunk;
             }
@@ -102,28 +91,29 @@ GLM_DEVICE void gemm1_prefill(const TensorMap& w13, const Gemm1Arguments& p) {
             for (int step = 0; step < steps; ++step) {
                 const u32 stage = ring + position.slot * stage_bytes, ready = full + 8 * position.slot;
                 barrier_wait(empty + 8 * position.slot, position.parity ^ 1);
-                if (thread == 0) {
+                if (thread == 0 && !with_weights) barrier_arrive(ready);
+                if (thread == 0 && with_weights) {
                     barrier_expect(ready, b_bytes);
 #pragma unroll
                     for (int half = 0; half < 2; ++half) {
 #pragma unroll
                         for (int mine = 0; mine < boxes / CLUSTER; ++mine) {
                             const int box = rank * (boxes / CLUSTER) + mine;
-                            const u32 where = stage + a_bytes + (half * boxes + box) * gemm1_box_rows * k_step;
-                            const int row = half * p.intermediate_size + column + box * gemm1_box_rows;
+                            const u32 where = stage + a_bytes + (half * boxes + box) * box_rows * K_STEP;
+                            const int row = half * p.intermediate_size + column + box * box_rows;
                             if (CLUSTER == 1) {
-                                copy_box(where, w13, ready, step * k_step, row, expert);
+                                copy_box(where, w13, ready, step * K_STEP, row, expert);
                             } else {
-                                copy_box_to((1u << CLUSTER) - 1, where, w13, ready, step * k_step, row, expert);
+                                copy_box_to((1u << CLUSTER) - 1, where, w13, ready, step * K_STEP, row, expert);
                             }
                         }
                     }
                 }
-                const u8* from = p.tokens + step * k_step;
+                const u8* from = p.tokens + step * K_STEP;
 #pragma unroll
                 for (int round = 0; round < rounds; ++round) {
-                    if (gather_row(thread, round) < size) {
-                        copy_chunk(stage + target + round * gather_rows * k_step,
+                    if (with_gather && gather_row<K_STEP>(thread, round) < size) {
+                        copy_chunk(stage + target + round * rows_a_round * K_STEP,
                                    from + static_cast<u64>(source[round]) * chunk_bytes);
                     }
                 }
@@ -170,6 +160,10 @@ GLM_DEVICE void gemm1_prefill(const TensorMap& w13, const Gemm1Arguments& p) {
                 }
             };
             float gate[COLUMNS / 2], up[COLUMNS / 2];
+            if (!with_products) {
+#pragma unroll
+                for (int i = 0; i < COLUMNS / 2; ++i) gate[i] = up[i] = 0.0f;
+            }
             if constexpr (PROMOTE) {
                 float step_gate[COLUMNS / 2], step_up[COLUMNS / 2];
 #pragma unroll
@@ -182,7 +176,7 @@ GLM_DEVICE void gemm1_prefill(const TensorMap& w13, const Gemm1Arguments& p) {
                     mma_settle(step_gate);
                     mma_settle(step_up);
                     mma_fence();
-                    gemm1_step<COLUMNS>(step_gate, step_up, stage + rows_before * k_step, stage + a_bytes, false);
+                    gemm1_step<COLUMNS, K_STEP>(step_gate, step_up, stage + rows_before * K_STEP, stage + a_bytes, false);
                     mma_wait<0>();
                     mma_settle(step_gate);
                     mma_settle(step_up);
@@ -201,10 +195,12 @@ GLM_DEVICE void gemm1_prefill(const TensorMap& w13, const Gemm1Arguments& p) {
                     const u32 stage = ring + position.slot * stage_bytes;
                     barrier_wait(full + 8 * position.slot, position.parity);
                     fence_proxy_async();
-                    mma_fence();
-                    gemm1_step<COLUMNS>(gate, up, stage + rows_before * k_step, stage + a_bytes, step > 0);
+                    if (with_products) {
+                        mma_fence();
+                        gemm1_step<COLUMNS, K_STEP>(gate, up, stage + rows_before * K_STEP, stage + a_bytes, step > 0);
+                        mma_wait<1>();
+                    }
                     // The step before is done, so its slot is free; this one runs on.
-                    mma_wait<1>();
                     if (step > 0) release(position.previous());
                     position.advance();
                 }
@@ -218,58 +214,12 @@ GLM_DEVICE void gemm1_prefill(const TensorMap& w13, const Gemm1Arguments& p) {
             const int expert = p.tiles[item / blocks], column = item % blocks * COLUMNS;
             const float* gate_scales = p.w13_scales + static_cast<i64>(expert) * 2 * p.intermediate_size + column;
             const float* up_scales = gate_scales + p.intermediate_size;
-            float largest[2] = {0.0f, 0.0f};
-#pragma unroll
-            for (int group = 0; group < COLUMNS / 8; ++group) {
-                const Float2 gate_scale = load_constant_2(gate_scales + fragment_column(t, 4 * group));
-                const Float2 up_scale = load_constant_2(up_scales + fragment_column(t, 4 * group));
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-#pragma unroll
-                    for (int pair = 0; pair < 2; ++pair) {
-                        const int i = 4 * group + 2 * half + pair;
-                        const float y = swiglu(gate[i] * token_scale[half] * (pair ? gate_scale.y : gate_scale.x),
-                                               up[i] * token_scale[half] * (pair ? up_scale.y : up_scale.x));
-                        gate[i] = y;
-                        largest[half] = larger(largest[half], magnitude(y));
-                    }
-                }
-            }
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int row = fragment_row(t, 2 * half);
-                const i64 out_row = first_row + row;
-                if constexpr (ROW) {
-                    const float scale = quantisation_scale(quad_max(largest[half]));
-                    const float inverse = divide_exactly(1.0f, scale);
-                    u8* out = static_cast<u8*>(p.act) + out_row * COLUMNS;
-#pragma unroll
-                    for (int four = 0; four < COLUMNS / 32; ++four) {
-                        u16 packed[4];
-#pragma unroll
-                        for (int group = 0; group < 4; ++group) {
-                            const int i = 16 * four + 4 * group + 2 * half;
-                            packed[group] = pack_fp8(quotient(gate[i], scale, inverse), quotient(gate[i + 1], scale, inverse));
-                        }
-                        const Vector2 columns = transpose_quad(packed, lane);
-                        if (row < size) store_8(out + 32 * four + 8 * (lane % 4), columns);
-                    }
-                    if (row < size && lane % 4 == 0) p.act_scales[out_row] = scale;
-                } else {
-                    u16* out = static_cast<u16*>(p.act) + out_row * p.intermediate_size + column;
-#pragma unroll
-                    for (int four = 0; four < COLUMNS / 32; ++four) {
-                        u32 packed[4];
-#pragma unroll
-                        for (int group = 0; group < 4; ++group) {
-                            const int i = 16 * four + 4 * group + 2 * half;
-                            packed[group] = pack_bf16(gate[i], gate[i + 1]);
-                        }
-                        const Vector4 columns = transpose_quad(packed, lane);
-                        if (row < size) store_16(out + 32 * four + 8 * (lane % 4), columns);
-                    }
-                }
-            }
+            auto scales = [&](int group) {
+                const int mine = fragment_column(t, 4 * group);
+                return Gemm1Scales{load_constant_2(gate_scales + mine), load_constant_2(up_scales + mine)};
+            };
+            auto place = [&] { return Gemm1Place{first_row, size, column}; };
+            if (with_output) gemm1_output<COLUMNS, ROW>(p, gate, up, token_scale, t, lane, scales, place);
         }
     }
     // A block may not end while its neighbour can still write into it or arrive at its barriers.
@@ -280,17 +230,19 @@ GLM_DEVICE void gemm1_prefill(const TensorMap& w13, const Gemm1Arguments& p) {
 
 using namespace glm_hopper;
 
-#define GLM_GEMM1(attributes, name, columns, cluster, row, promote, stages)                                                    \
+#define GLM_GEMM1(attributes, name, columns, cluster, row, promote, stages, k_step)                                            \
     attributes name(GLM_MAP w13, const u8* tokens, const float* token_scales, const float* w13_scales, void* act,              \
                     float* act_scales, const int* rows, const int* tiles, const int* counts, int max_tiles, int hidden_size,   \
                     int intermediate_size, int top_k) {                                                                        \
-        gemm1_prefill<columns, cluster, row, promote, stages>(                                                                 \
+        gemm1_prefill<columns, cluster, row, promote, stages, k_step>(                                                         \
             w13, {tokens, token_scales, w13_scales, act, act_scales, rows, tiles, counts, max_tiles, hidden_size,              \
                   intermediate_size, top_k});                                                                                  \
     }
 
-GLM_GEMM1(GLM_KERNEL(384), glm_gemm1_row_c1, 192, 1, true, false, 3)
-GLM_GEMM1(GLM_CLUSTER_KERNEL(384, 2), glm_gemm1_row_c2, 192, 2, true, false, 3)
-GLM_GEMM1(GLM_KERNEL(384), glm_gemm1_columns_c1, 192, 1, false, false, 3)
-GLM_GEMM1(GLM_CLUSTER_KERNEL(384, 2), glm_gemm1_columns_c2, 192, 2, false, false, 3)
-GLM_GEMM1(GLM_KERNEL(384), glm_gemm1_exact_c1, 96, 1, false, true, 5)
+GLM_GEMM1(GLM_KERNEL(384), glm_gemm1_row_c1, 192, 1, true, false, 3, 128)
+GLM_GEMM1(GLM_CLUSTER_KERNEL(384, 2), glm_gemm1_row_c2, 192, 2, true, false, 3, 128)
+GLM_GEMM1(GLM_KERNEL(384), glm_gemm1_columns_c1, 192, 1, false, false, 3, 128)
+GLM_GEMM1(GLM_CLUSTER_KERNEL(384, 2), glm_gemm1_columns_c2, 192, 2, false, false, 3, 128)
+GLM_GEMM1(GLM_KERNEL(384), glm_gemm1_exact_c1, 96, 1, false, true, 5, 128)
+GLM_GEMM1(GLM_KERNEL(384), glm_gemm1_row_k64_c1, 192, 1, true, false, 6, 64)
+GLM_GEMM1(GLM_KERNEL(384), glm_gemm1_columns_k64_c1, 192, 1, false, false, 6, 64)

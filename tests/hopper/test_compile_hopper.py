@@ -15,7 +15,15 @@ from emulated import KERNELS
 
 REGISTERS = 65536  # of a multiprocessor
 SHARED = 232448  # bytes that a block may have on compute capability 9.0
-SOURCES = ("gemm1_prefill.cu", "gemm2_prefill.cu", "gemm1_decode.cu", "gemm2_decode.cu", "gemm2_stationary.cu", "topk_sum.cu")
+SOURCES = (
+    "gemm1_prefill.cu",
+    "gemm1_split.cu",
+    "gemm2_prefill.cu",
+    "gemm1_decode.cu",
+    "gemm2_decode.cu",
+    "gemm2_stationary.cu",
+    "topk_sum.cu",
+)
 
 
 @dataclass(frozen=True)
@@ -101,24 +109,67 @@ def test_shared_memory_fits_a_hopper_block(entry: Entry) -> None:
         assert entry.shared_bytes(width) <= SHARED
 
 
-def test_machine_code_has_the_instructions_meant(reports: dict[str, str]) -> None:
+@pytest.fixture(scope="module")
+def code(reports: dict[str, str]) -> dict[str, str]:
+    """The machine code of each source, as text."""
     triton = pytest.importorskip("triton")
     nvdisasm = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
     if not os.access(nvdisasm, os.X_OK):
         pytest.skip("this Triton brings no nvdisasm")
-    code = {}
+    made = {}
     for source in SOURCES:
         cubin = Path(reports["folder"]) / f"{source}.cubin"
-        code[source] = subprocess.run([nvdisasm, "-c", cubin], capture_output=True, text=True, check=True, timeout=120).stdout
+        made[source] = subprocess.run([nvdisasm, "-c", cubin], capture_output=True, text=True, check=True, timeout=120).stdout
+    return made
+
+
+def kernels_of(code: str) -> dict[str, str]:
+    """The machine code of each kernel of a source."""
+    return dict(re.findall(r"^\.text\.(glm_\w+):(.*?)(?=^\.text\.|\Z)", code, re.MULTILINE | re.DOTALL))
+
+
+def most_registers(lines: list[str], start: int) -> int:
+    """Of all instructions that can be reached from one, the highest register's number and 1."""
+    labels = {line: index for index, line in enumerate(lines) if line.startswith(".L_x_")}
+    seen: set[int] = set()
+    ahead, most = [start], 0
+    while ahead:
+        index = ahead.pop()
+        if index in seen or index >= len(lines):
+            continue
+        seen.add(index)
+        line = lines[index]
+        most = max([most, *(1 + int(number) for number in re.findall(r"\bR(\d+)\b", line))])
+        if target := re.search(r"`\((\.L_x_\d+)\)", line):
+            ahead.append(labels[target[1]])
+        if not re.match(r"(EXIT|RET|BRA)\b", line):  # with a predicate they start with it, and may go on
+            ahead.append(index + 1)
+    return most
+
+
+@pytest.mark.parametrize("source", ["gemm1_prefill.cu", "gemm1_split.cu", "gemm2_prefill.cu"])
+def test_no_role_uses_more_registers_than_setmaxnreg_leaves_it(code: dict[str, str], source: str) -> None:
+    for name, body in kernels_of(code[source]).items():
+        found = re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(.*?)\s*;|^(\.L_x_\d+):", body, re.MULTILINE)
+        lines = [instruction or label for instruction, label in found]
+        asked = {index: int(line.split()[-1], 16) for index, line in enumerate(lines) if "USETMAXREG" in line}
+        assert len(asked) >= 2, name
+        for index, registers in asked.items():
+            assert 24 <= registers <= 240
+            assert 8 <= most_registers(lines, index) <= registers, f"{name}: {lines[index]}"
+
+
+def test_machine_code_has_the_instructions_meant(code: dict[str, str]) -> None:
     for source in SOURCES[:-1]:
         assert "QGMMA" in code[source], f"{source} multiplies without wgmma"
         assert "UTMALDG" in code[source], f"{source} reads its weights without TMA"
         assert not re.search(r"\b(STL|LDL)\b", code[source]), f"{source} uses local memory"
-    assert "QGMMA.64x192x32.F32.E4M3.E4M3" in code["gemm1_prefill.cu"]
+    for source in ("gemm1_prefill.cu", "gemm1_split.cu"):
+        assert "QGMMA.64x192x32.F32.E4M3.E4M3" in code[source]
     assert ".MULTICAST" in code["gemm1_prefill.cu"]
-    for source in ("gemm1_prefill.cu", "gemm1_decode.cu"):
+    for source in ("gemm1_prefill.cu", "gemm1_split.cu", "gemm1_decode.cu"):
         assert "LDGSTS.E.BYPASS.128" in code[source], f"{source} gathers in less than 16 bytes"
-    for source in ("gemm1_prefill.cu", "gemm2_prefill.cu"):
+    for source in ("gemm1_prefill.cu", "gemm1_split.cu", "gemm2_prefill.cu"):
         assert "USETMAXREG" in code[source]
     for source in ("gemm2_prefill.cu", "topk_sum.cu"):
         assert "LDG.E.128.STRONG.GPU" in code[source]
@@ -132,6 +183,9 @@ def test_machine_code_has_the_instructions_meant(reports: dict[str, str]) -> Non
     # Each of the three roles waits for the launch before, in each of the four kernels.
     assert stationary.count("ACQBULK") >= 3 * 4
     assert stationary.count("QGMMA") >= 5 * stationary.count("WARPGROUP.DEPBAR")
-    # Interleaved wgmma of one K step belong to one group: one wait a step, not one an instruction.
-    waits = code["gemm1_prefill.cu"].count("WARPGROUP.DEPBAR")
-    assert code["gemm1_prefill.cu"].count("QGMMA") >= 8 * waits / 2
+    # The wgmma of a group are waited for together: one wait a group, and one more at the end where the last runs on till then.
+    for source in ("gemm1_prefill.cu", "gemm1_split.cu"):
+        for name, body in kernels_of(code[source]).items():
+            products = 4 if "_k64_" in name or "_split" in name else 8
+            waits = body.count("WARPGROUP.DEPBAR")
+            assert waits >= 1 and body.count("QGMMA") == products * max(waits - 1, 1), name

@@ -20,6 +20,22 @@ _CASES = [
     ("glm_gemm1_columns_c1", {"tokens": 65, "width": 384}),
     ("glm_gemm1_columns_c2", {"tokens": 129, "width": 384, "grid": 4}),
     ("glm_gemm1_exact_c1", {"tokens": 65, "hidden": 768, "experts": 2}),
+    # Rings that go round more than once; a block that draws most tiles; a tile for one warpgroup only; fewer tiles than blocks;
+    # more tiles than are reordered, of which some keep both warpgroups busy and lie behind shorter ones; one block at a time.
+    ("glm_gemm1_row_split", {"tokens": 130, "hidden": 1280}),
+    ("glm_gemm1_row_split", {"tokens": 1, "top_k": 8, "experts": 5, "grid": 7}),
+    ("glm_gemm1_row_split", {"tokens": 300, "skew": 1, "experts": 40, "grid": 4}),
+    ("glm_gemm1_row_split", {"tokens": 400, "experts": 90, "grid": 5, "resident": 1}),
+    ("glm_gemm1_columns_split", {"tokens": 129, "width": 384, "hidden": 512}),
+    # Halves: of all tiles, some without a second one; of the last two of twelve; of one.
+    ("glm_gemm1_row_split", {"tokens": 100, "experts": 3, "grid": 8}),
+    ("glm_gemm1_columns_split", {"tokens": 230, "experts": 1, "invalid": 0, "top_k": 3, "width": 384, "grid": 5}),
+    ("glm_gemm1_row_split", {"tokens": 300, "experts": 1, "invalid": 0, "top_k": 1, "grid": 2}),
+    # What is asked into L2 ahead must lie in the tensors, also where a row has fewer steps than that.
+    ("glm_gemm1_row_split_l2", {"tokens": 150, "hidden": 1280, "skew": 1}),
+    ("glm_gemm1_columns_split_l2", {"tokens": 65, "width": 384}),
+    ("glm_gemm1_row_k64_c1", {"tokens": 130, "hidden": 512}),
+    ("glm_gemm1_columns_k64_c1", {"tokens": 65, "width": 384, "hidden": 768}),
     ("glm_gemm2_sum_n128", {"tokens": 65, "hidden": 1024, "slice": 256, "slots": 2, "resident": 1}),
     ("glm_gemm2_sum_n128", {"tokens": 33, "hidden": 512, "slice": 128, "slots": 2, "top_k": 8}),
     ("glm_gemm2_sum_n256", {"tokens": 65, "hidden": 512, "slice": 256, "slots": 2, "width": 384}),
@@ -80,10 +96,27 @@ def test_kernel_is_right_under_random_timing(check_program: Path, kernel: str, o
 @pytest.mark.parametrize("timing", [0, 1], ids=["eager", "late"])
 @pytest.mark.parametrize(
     "kernel",
-    ["glm_gemm1_row_c1", "glm_gemm1_row_c2", "glm_gemm2_sum_n128", "glm_gemm1_decode_t16", "glm_gemm2_decode_t16"],
+    [
+        "glm_gemm1_row_c1",
+        "glm_gemm1_row_c2",
+        "glm_gemm1_row_k64_c1",
+        "glm_gemm1_row_split",
+        "glm_gemm1_row_split_l2",
+        "glm_gemm2_sum_n128",
+        "glm_gemm1_decode_t16",
+        "glm_gemm2_decode_t16",
+    ],
 )
 def test_extreme_timings_give_the_same(check_program: Path, kernel: str, timing: int) -> None:
     done = run_check(check_program, kernel, timing=timing, seed=SEED, tokens=40, grid=2)
+    assert done.returncode == 0, f"seed={SEED}\n{done.stdout}{done.stderr}"
+
+
+@pytest.mark.parametrize("macro", ["GLM_STATIC_TILES", "GLM_IN_ORDER", "GLM_WHOLE_TILES"])
+def test_tiles_by_turns_or_in_order_are_as_right(changed_kernel: Callable[..., Path], macro: str) -> None:
+    file = "gemm1_split.cu"
+    program = changed_kernel(file, '#include "ablation.cuh"', f'#define {macro}\n#include "ablation.cuh"', file)
+    done = run_check(program, "glm_gemm1_row_split", seed=SEED, tokens=300, skew=1, experts=40, grid=4)
     assert done.returncode == 0, f"seed={SEED}\n{done.stdout}{done.stderr}"
 
 
@@ -127,6 +160,7 @@ def test_sums_of_16_tokens_are_as_right(changed_kernel: Callable[..., Path], ban
     "kernel",
     [
         "glm_gemm1_row_c2",
+        "glm_gemm1_row_split",
         "glm_gemm1_decode_t8",
         "glm_gemm2_sum_n256",
         "glm_gemm2_stationary_t640",

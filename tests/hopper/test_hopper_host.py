@@ -123,6 +123,7 @@ def test_every_kernel_is_launched_as_abi_h_says(row, native: Native, mock: Mock)
     assert [len(argument) for argument in launch.arguments] == argument_sizes()[row.family]
     maps = {
         "w13_rows": ([HIDDEN, 2 * WIDTH, EXPERTS], [HIDDEN, 2 * WIDTH * HIDDEN], [128, 96, 1], "w13"),
+        "w13_half_steps": ([HIDDEN, 2 * WIDTH, EXPERTS], [HIDDEN, 2 * WIDTH * HIDDEN], [64, 192, 1], "w13"),
         "w13_interleaved": (
             [HIDDEN, 8, 2, WIDTH // 8, EXPERTS],
             [HIDDEN, WIDTH * HIDDEN, 8 * HIDDEN, 2 * WIDTH * HIDDEN],

@@ -10,6 +10,7 @@ from emulated import run_check
 
 _GEMM1, _GEMM2, _DECODE1, _DECODE2 = "gemm1_prefill.cu", "gemm2_prefill.cu", "gemm1_decode.cu", "gemm2_decode.cu"
 _STATIONARY = "gemm2_stationary.cu"
+_SPLIT = "gemm1_split.cu"
 
 # name, file, kernel, text, what it becomes
 _FAULTS = [
@@ -34,10 +35,16 @@ _FAULTS = [
         "unswizzled gather",
         "gather.cuh",
         "glm_gemm1_row_c1",
-        "return swizzled_address(0, gather_row(thread, 0), gather_chunk(thread) * chunk_bytes);",
-        "return gather_row(thread, 0) * 128 + gather_chunk(thread) * chunk_bytes;",
+        "swizzled_address<ROW_BYTES>(0, gather_row<ROW_BYTES>(thread, 0), ",
+        "gather_row<ROW_BYTES>(thread, 0) * ROW_BYTES + (",
     ),
-    ("a row too many is stored", _GEMM1, "glm_gemm1_row_c1", "if (row < size) store_8", "if (row < size + 1) store_8"),
+    (
+        "a row too many is stored",
+        "gemm1_output.cuh",
+        "glm_gemm1_row_c1",
+        "if (row < size) store_8",
+        "if (row < size + 1) store_8",
+    ),
     (
         "multicast into a slot the neighbour still reads",
         _GEMM1,
@@ -53,6 +60,95 @@ _FAULTS = [
         "registers_up<consumer_registers>()",
         "registers_up<232>()",
     ),
+    (
+        "half a K step in the swizzle of a whole one",
+        "swizzle.cuh",
+        "glm_gemm1_row_k64_c1",
+        "(ROW_BYTES - chunk_bytes)",
+        "0x70u",
+    ),
+    (
+        "half steps 128 bytes apart in the descriptor",
+        "mma.cuh",
+        "glm_gemm1_row_k64_c1",
+        "8 * ROW_BYTES >> 4",
+        "1024 >> 4",
+    ),
+    (
+        "half steps gathered as whole ones",
+        _GEMM1,
+        "glm_gemm1_row_k64_c1",
+        "round * rows_a_round * K_STEP",
+        "round * gather_rows * K_STEP",
+    ),
+    (
+        "the last half step freed with the one before it",
+        _GEMM1,
+        "glm_gemm1_row_k64_c1",
+        "if (step > 0) release(position.previous());",
+        "if (step > 0) release(position.previous()); if (step + 1 == steps) release(position.slot);",
+    ),
+    (
+        "gate rows freed while wgmma reads them",
+        _SPLIT,
+        "glm_gemm1_row_split",
+        "                mma_wait<1>();\n            }\n            release(room.gates_empty",
+        "            }\n            release(room.gates_empty",
+    ),
+    (
+        "token rows freed with the gate rows, before the up rows are multiplied",
+        _SPLIT,
+        "glm_gemm1_row_split",
+        "            release(room.gates_empty, weights.slot);\n            at.advance();",
+        "            release(room.gates_empty, weights.slot);\n            release(room.tokens_empty, at.slot);\n"
+        "            at.advance();",
+    ),
+    (
+        "up rows not waited for",
+        _SPLIT,
+        "glm_gemm1_row_split",
+        "            barrier_wait(room.ups_full + 8 * weights.slot, weights.parity);\n            if",
+        "            if",
+    ),
+    ("no proxy fence in the split form", _SPLIT, "glm_gemm1_row_split", "fence_proxy_async();", ""),
+    (
+        "a record overwritten while the output needs it",
+        _SPLIT,
+        "glm_gemm1_row_split",
+        "barrier_wait(room.record_empty + 8 * position.slot, position.parity ^ 1);",
+        "",
+    ),
+    (
+        "a record read before it is written",
+        _SPLIT,
+        "glm_gemm1_row_split",
+        "        warp_sync();\n        if (lane == 0) barrier_arrive(room.record_full",
+        "        if (lane == 0) barrier_arrive(room.record_full",
+    ),
+    (
+        "a tile drawn twice",
+        _SPLIT,
+        "glm_gemm1_row_split",
+        "grid_size() + atomic_next(counters)",
+        "block_index() + atomic_next(counters) + 1",
+    ),
+    ("the counters not zeroed", _SPLIT, "glm_gemm1_row_split", "counters[0] = counters[1] = 0;", "counters[0] = 0;"),
+    (
+        "the second half of a tile at the first one's rows",
+        _SPLIT,
+        "glm_gemm1_row_split",
+        "p.tiles[p.max_tiles + tile] + half * mma_rows",
+        "p.tiles[p.max_tiles + tile]",
+    ),
+    (
+        "the second half of a tile as long as the first",
+        _SPLIT,
+        "glm_gemm1_row_split",
+        "p.tiles[2 * p.max_tiles + tile] - half * mma_rows",
+        "p.tiles[2 * p.max_tiles + tile]",
+    ),
+    ("a half left out", _SPLIT, "glm_gemm1_row_split", "whole + 2 * (items - whole)", "whole + (items - whole)"),
+    ("the reordering loses a tile", _SPLIT, "glm_gemm1_row_split", "with_both + which - both_before", "which"),
     (
         "sum before its products",
         _GEMM2,
@@ -205,13 +301,16 @@ _FAULTS = [
 ]
 
 
-def _options(seed: int, kernel: str) -> dict[str, int]:
-    """Of a run. GEMM2 by bands in every other: with a short one at the end, or also with some that have no valid pair."""
+def _options(kernel: str, seed: int) -> dict[str, int]:
+    """Of a run. GEMM2 by bands in every other: with a short one at the end, or also with some that have no valid pair. Split
+    GEMM1 in every other with so many blocks that tiles are halved."""
     if "_stationary_" in kernel:  # bands of 640 tokens: two of them, or K of several stages, or many rows of few experts
         shared = {"experts": 3, "grid": 2}
         return {**shared, **({"tokens": 660}, {"tokens": 60, "width": 768, "top_k": 8}, {"tokens": 130, "skew": 1})[seed % 3]}
     shared = {"tokens": 150, "hidden": 512, "slice": 128, "slots": 2, "experts": 2}
     banded = {2: {"band": 64, "grid": 2}, 3: {"band": 32, "grid": 4, "silent": 0b110}}
+    if "_split" in kernel:
+        return {**shared, "grid": 9 if seed % 2 else 2}
     return {**shared, **banded.get(seed % 4, {"grid": 2})}
 
 
@@ -219,17 +318,17 @@ def _options(seed: int, kernel: str) -> dict[str, int]:
 def test_planted_fault_is_found(
     changed_kernel: Callable[..., Path], name: str, file: str, kernel: str, text: str, other: str
 ) -> None:
-    only = {"glm_gemm1_row": _GEMM1, "glm_gemm2_sta": _STATIONARY}.get(kernel[:13], file)
+    only = _STATIONARY if "_stationary_" in kernel else _GEMM1 if kernel.endswith(("_c1", "_c2")) else file
     program = changed_kernel(file, text, other, only)
-    outcomes = (run_check(program, kernel, seed=seed, timing=2 - seed % 2, **_options(seed, kernel)) for seed in range(1, 13))
+    outcomes = (run_check(program, kernel, seed=seed, timing=2 - seed % 2, **_options(kernel, seed)) for seed in range(1, 13))
     assert any(done.returncode for done in outcomes), f"{name}: not found by 12 runs"
 
 
-@pytest.mark.parametrize("file", [_GEMM1, _GEMM2, _DECODE1, _DECODE2, _STATIONARY])
+@pytest.mark.parametrize("file", [_GEMM1, _SPLIT, _GEMM2, _DECODE1, _DECODE2, _STATIONARY])
 def test_unchanged_kernels_pass_the_same_runs(changed_kernel: Callable[..., Path], file: str) -> None:
     kernels = {kernel for _, of_fault, kernel, _, _ in _FAULTS if of_fault == file}
     program = changed_kernel(file, "namespace glm_hopper", "namespace glm_hopper", file)
     for kernel in kernels:
         for seed, timing in ((1, 2), (2, 1)):
-            done = run_check(program, kernel, seed=seed, timing=timing, **_options(seed, kernel))
+            done = run_check(program, kernel, seed=seed, timing=timing, **_options(kernel, seed))
             assert done.returncode == 0, done.stdout + done.stderr

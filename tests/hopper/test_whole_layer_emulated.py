@@ -18,6 +18,7 @@ _CASES = [
     # tokens, intermediate size, experts of this rank and in all, kernels, routing; tokens of a band, top_k
     (40, 192, 4, 4, "glm_gemm1_row_c1", "glm_gemm2_sum_n128", "spread"),
     (136, 192, 9, 9, "glm_gemm1_row_c1", "glm_gemm2_sum_n128", "bad", 128, 8),
+    (70, 192, 3, 3, "glm_gemm1_row_split", "glm_gemm2_sum_n128", "bad"),
     (136, 192, 8, 16, "glm_gemm1_row_c1", "glm_gemm2_sum_n256", "spread", 128, 8),
     (70, 192, 4, 4, "glm_gemm1_row_c2", "glm_gemm2_sum_n256", "bad"),
     (33, 384, 3, 6, "glm_gemm1_columns_c1", "glm_gemm2_sum_n256", "spread"),

@@ -23,6 +23,7 @@ const MapShape* shape_of(Map map) {
 const char* name_of(Map map) {
   switch (map) {
     case Map::w13_rows: return "w13_rows";
+    case Map::w13_half_steps: return "w13_half_steps";
     case Map::w13_interleaved: return "w13_interleaved";
     case Map::act_rows: return "act_rows";
     case Map::w2_rows: return "w2_rows";
@@ -38,7 +39,8 @@ Extents extents_of(const MapKey& key) {
   const auto [map, base, hidden_size, intermediate_size, row_count, expert_stride, promotion] = key;
   const uint64_t k = hidden_size, n = intermediate_size, rows = row_count, stride = expert_stride;
   switch (map) {
-    case Map::w13_rows: return {{k, 2 * n, rows}, {k, stride}};
+    case Map::w13_rows:
+    case Map::w13_half_steps: return {{k, 2 * n, rows}, {k, stride}};
     case Map::w13_interleaved: return {{k, 8, 2, n / 8, rows}, {k, n * k, 8 * k, stride}};
     case Map::act_rows: return {{n, rows}, {n}};
     case Map::w2_rows: return {{n, k, rows}, {n, stride}};

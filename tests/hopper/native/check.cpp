@@ -25,8 +25,12 @@
 #define GEMM2_DECODE 4
 #define TOPK_SUM 5
 #define GEMM2_STATIONARY 9
+#define GEMM1_SPLIT 6
 #if CHECK_FILE(GEMM1_PREFILL)
 #include "gemm1_prefill.cu"
+#endif
+#if CHECK_FILE(GEMM1_SPLIT)
+#include "gemm1_split.cu"
 #endif
 #if CHECK_FILE(GEMM1_DECODE)
 #include "gemm1_decode.cu"
@@ -201,7 +205,9 @@ bool check_gemm1(Problem& p) {
     const long long k = p.hidden, n = p.width, expert = 2 * n * k;
     const emulate::MapFields rows_map{w13.data, 3, {k, 2 * n, p.experts}, {0, k, expert}, {128, 96, 1}};
     const emulate::MapFields interleaved{w13.data, 5, {k, 8, 2, n / 8, p.experts}, {0, k, n * k, 8 * k, expert}, {128, 8, 2, 4, 1}};
-    const TensorMap map = emulate::encode(decode ? &interleaved : &rows_map);
+    const emulate::MapFields half_steps{w13.data, 3, {k, 2 * n, p.experts}, {0, k, expert}, {64, 192, 1}};
+    const bool halves = p.kernel.maps[0] == Map::w13_half_steps;
+    const TensorMap map = emulate::encode(decode ? &interleaved : halves ? &half_steps : &rows_map);
     const std::string name = p.kernel.name;
     emulate::run(p.launch(), [&] {
 #define CALL(entry)                                                                                                              \
@@ -214,6 +220,14 @@ bool check_gemm1(Problem& p) {
         CALL(glm_gemm1_columns_c1);
         CALL(glm_gemm1_columns_c2);
         CALL(glm_gemm1_exact_c1);
+        CALL(glm_gemm1_row_k64_c1);
+        CALL(glm_gemm1_columns_k64_c1);
+#endif
+#if CHECK_FILE(GEMM1_SPLIT)
+        CALL(glm_gemm1_row_split);
+        CALL(glm_gemm1_columns_split);
+        CALL(glm_gemm1_row_split_l2);
+        CALL(glm_gemm1_columns_split_l2);
 #endif
 #undef CALL
 #define CALL(entry)                                                                                                              \
@@ -232,7 +246,8 @@ bool check_gemm1(Problem& p) {
 
     std::vector<float> value(256);
     for (int code = 0; code < 256; ++code) value[code] = fp8_value(code);
-    Report values{"act"}, scales{"act_scales"}, untouched{"act past the end"};
+    Report values{"act"}, scales{"act_scales"}, untouched{"act past the end"}, counters{"counters after"};
+    for (int i = 3; i < 4 + 2048; ++i) counters.compare(p.counts[i], 0, 0, i, 0);
     for (int row = 0; row < p.valid; ++row) {
         const int pair = p.rows[row], token = pair / p.top_k, e = p.local_ids[pair];
         std::vector<double> y(p.width);
@@ -264,8 +279,8 @@ bool check_gemm1(Problem& p) {
     }
     for (size_t i = static_cast<size_t>(p.valid) * p.width * (row_kernel ? 1 : 2); i < act.count; ++i) untouched.compare(act[i], 0xff, 0, i, 0);
     untouched.compare(0, 0, 0, 0, 0);
-    if (p.valid == 0) return untouched.done();
-    return values.done() & (!row_kernel || scales.done()) & untouched.done();
+    if (p.valid == 0) return untouched.done() & counters.done();
+    return values.done() & (!row_kernel || scales.done()) & untouched.done() & counters.done();
 }
 
 // What GEMM2's partials are: bf16 of the exact product; and the sum of them as the kernels make it.

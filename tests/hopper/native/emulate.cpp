@@ -626,6 +626,11 @@ float shuffle_xor(float value, int mask) {
     return bits_to_float(shuffle_xor(word, mask));
 }
 int shuffle(int value, int lane) { return static_cast<int>(exchange(static_cast<u32>(value), lane)); }
+u32 ballot(bool bit) {
+    u32 bits = u32{bit} << (current->thread % 32);
+    for (int mask = 1; mask < 32; mask *= 2) bits |= shuffle_xor(bits, mask);
+    return bits;
+}
 void warp_sync() { meet(current->block->warps[current->thread / 32].meet, 32, "the warp"); }
 
 u32 shared_base() { return shared_start; }
@@ -657,6 +662,11 @@ static void store_global(void* pointer, T value) {
 Vector4 load_fresh_16(const void* pointer) { return load_global<Vector4>(pointer); }
 Vector4 load_16(const void* pointer) { return load_global<Vector4>(pointer); }
 void touch(const float* pointer) { load_global<float>(pointer); }
+// Only that it lies in the tensor: AddressSanitizer sees it.
+void ask_for_line(const u8* pointer) {
+    if (reinterpret_cast<u64>(pointer) % 16) fail("a line is asked for at %p", static_cast<const void*>(pointer));
+    static_cast<void>(*static_cast<const volatile u8*>(pointer));
+}
 Float2 load_constant_2(const float* pointer) { return load_global<Float2>(pointer); }
 void store_16(void* pointer, Vector4 value) { store_global(pointer, value); }
 void store_8(void* pointer, Vector2 value) { store_global(pointer, value); }
@@ -728,6 +738,13 @@ void named_barrier(int id, int threads) {
 void block_barrier() { meet(current->block->all, world->launch.block, "the block"); }
 void cluster_barrier() { meet(current->block->cluster->all, world->launch.block * world->launch.cluster, "the cluster"); }
 
+void ask_for_box(const TensorMap& map, int c0, int c1, int c2) {
+    const MapFields& m = *reinterpret_cast<const MapFields*>(map.opaque[0]);
+    const int corner[] = {c0, c1, c2};
+    for (int i = 0; i < 3; ++i) {
+        if (m.rank != 3 || corner[i] < 0 || corner[i] >= m.dims[i]) fail("a box is asked for at %d of dimension %d", corner[i], i);
+    }
+}
 void copy_box(u32 target, const TensorMap& map, u32 barrier, int c0, int c1) {
     copy_tensor_box(1u << current->block->rank, target, map, barrier, {c0, c1});
 }

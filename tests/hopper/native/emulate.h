@@ -66,6 +66,8 @@ u32 shuffle_xor(u32 value, int mask);
 float shuffle_xor(float value, int mask);
 int shuffle(int value, int lane);
 void warp_sync();
+u32 ballot(bool bit);
+inline int count_bits(u32 bits) { return __builtin_popcount(bits); }
 
 u32 shared_base();
 int load_shared_int(u32 address);
@@ -81,6 +83,8 @@ void store_shared_floats(u32 address, Float4 value);
 Vector4 load_fresh_16(const void* pointer);
 Vector4 load_16(const void* pointer);
 void touch(const float* pointer);
+inline void not_before(const float*&) {}
+void ask_for_line(const u8* pointer);
 Float2 load_constant_2(const float* pointer);
 void store_16(void* pointer, Vector4 value);
 inline void store_last_16(void* pointer, Vector4 value) { store_16(pointer, value); }
@@ -128,6 +132,7 @@ void cluster_barrier();
 
 // tma.cuh
 inline void prefetch_map(const TensorMap&) {}
+void ask_for_box(const TensorMap& map, int c0, int c1, int c2);
 void copy_box(u32 target, const TensorMap& map, u32 barrier, int c0, int c1);
 void copy_box(u32 target, const TensorMap& map, u32 barrier, int c0, int c1, int c2);
 void copy_box(u32 target, const TensorMap& map, u32 barrier, int c0, int c1, int c2, int c3);

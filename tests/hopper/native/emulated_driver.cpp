@@ -6,6 +6,7 @@
 
 #include "gemm1_decode.cu"
 #include "gemm1_prefill.cu"
+#include "gemm1_split.cu"
 #include "gemm2_decode.cu"
 #include "gemm2_prefill.cu"
 #include "gemm2_stationary.cu"
@@ -39,6 +40,12 @@ void enter(const std::string& name, void** values) {
     ENTRY(glm_gemm1_columns_c1);
     ENTRY(glm_gemm1_columns_c2);
     ENTRY(glm_gemm1_exact_c1);
+    ENTRY(glm_gemm1_row_k64_c1);
+    ENTRY(glm_gemm1_columns_k64_c1);
+    ENTRY(glm_gemm1_row_split);
+    ENTRY(glm_gemm1_columns_split);
+    ENTRY(glm_gemm1_row_split_l2);
+    ENTRY(glm_gemm1_columns_split_l2);
     ENTRY(glm_gemm2_sum_n128);
     ENTRY(glm_gemm2_sum_n256);
     ENTRY(glm_gemm2_stationary_t640);

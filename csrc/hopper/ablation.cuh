@@ -1,0 +1,28 @@
+// Parts of prefill GEMM1 left out, to find out where its time goes: `benchmarks/hopper.py --build --define GLM_WITHOUT_…`.
+// The results are wrong then. Never in a wheel.
+#pragma once
+
+namespace glm_hopper {
+
+#ifdef GLM_WITHOUT_PRODUCTS
+constexpr bool with_products = false;
+#else
+constexpr bool with_products = true;
+#endif
+#ifdef GLM_WITHOUT_WEIGHTS
+constexpr bool with_weights = false;
+#else
+constexpr bool with_weights = true;
+#endif
+#ifdef GLM_WITHOUT_GATHER
+constexpr bool with_gather = false;
+#else
+constexpr bool with_gather = true;
+#endif
+#ifdef GLM_WITHOUT_OUTPUT
+constexpr bool with_output = false;  // neither SwiGLU nor stores
+#else
+constexpr bool with_output = true;
+#endif
+
+}  // namespace glm_hopper
