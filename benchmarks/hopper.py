@@ -5,6 +5,7 @@
     python benchmarks/hopper.py --out $OUT [--shapes TP8] [--tokens 8192,64] [--seconds 420]
     python benchmarks/hopper.py --out $OUT --tokens 8192,2048 --only "n256 slice 256×2 spread"    # every GEMM1 once
     python benchmarks/hopper.py --build --define GLM_WITHOUT_PRODUCTS --out $OUT …                # GEMM1 without a part of it
+    python benchmarks/hopper.py --out $OUT --only prologue --tokens 1,8,16,64,256,1024,8192   # native against Triton's
 
 The work is done in a child process: one that hangs or dies is killed, reported with the case it was at, and a new one
 goes on behind it. `$OUT/hopper.jsonl` has every line as data. Times are medians of CUDA-graph replays in microseconds,
@@ -52,13 +53,18 @@ class Case:
     routing: str = "spread"
     experts: int = 0  # 0: the shape's own; fewer are made faster
     band: int = 0  # tokens of a band of gemm2_sum; 0: all
+    prologue: str = "triton"
+    ids: str = "int32"
 
     @property
     def text(self) -> str:
         """On one line."""
         sliced = f" slice {self.slice}×{self.slots}" if "_sum_" in self.gemm2 else "" if self.programmatic else " no PDL"
         band = f" band {self.band}" if self.band else ""
-        return f"{self.shape} M={self.tokens} {self.gemm1.removeprefix('glm_')} {self.gemm2[4:]}{sliced}{band} {self.routing}"
+        prologue = "" if self.prologue == "triton" else f" {self.prologue} prologue"
+        ids = "" if self.ids == "int32" else f" {self.ids}"
+        kernels = f"{self.gemm1.removeprefix('glm_')} {self.gemm2[4:]}{sliced}{band}{prologue}"
+        return f"{self.shape} M={self.tokens} {kernels} {self.routing}{ids}"
 
 
 def checks() -> list[Case]:
@@ -113,11 +119,50 @@ def checks() -> list[Case]:
         Case("TP8", 8191, "glm_gemm1_row_c1", "glm_gemm2_sum_n128", 256, 2, routing="skewed", band=1024),
         Case("TP8", 700, "glm_gemm1_row_c1", "glm_gemm2_sum_n256", 256, 2, routing="bad", experts=16, band=256),
     ]
-    return cases
+    return cases + prologue_checks()
+
+
+def prologue_checks() -> list[Case]:
+    """The native prologue, to the bit as Triton's: one block and a cluster of them, on both sides of the limit, all kinds of
+    ids, an expert map, bands; and before each kind of GEMM1."""
+    t8, t16 = ((f"glm_gemm1_decode_t{rows}", f"glm_gemm2_decode_t{rows}") for rows in (8, 16))
+    row = ("glm_gemm1_row_c1", "glm_gemm2_sum_n256")
+
+    def case(shape: str, tokens: int, kernels: tuple[str, str], **more: Any) -> Case:
+        return Case(shape, tokens, *kernels, prologue="native", **more)
+
+    return [
+        case("TP8", 1, t8),
+        case("TP8", 64, t8, routing="bad", ids="int64"),
+        case("TP8", 128, t16, routing="skewed"),
+        case("TP8", 129, t16, routing="bad"),
+        case("TP8", 64, t8, routing="none", experts=16),
+        dataclasses.replace(case("TP8", 64, t8, routing="bad"), prologue="native_c8"),
+        dataclasses.replace(case("TP8", 300, t16, ids="int64"), prologue="native_c1"),
+        case("EP8", 70, t8, routing="bad"),
+        case("EP8", 700, ("glm_gemm1_columns_c1", row[1]), ids="int64"),
+        case("TP8", 1024, ("triton", row[1]), routing="bad", experts=16),
+        case("TP8", 8192, row, routing="bad"),
+        case("TP8", 8191, row, routing="skewed", band=1024),
+        case("TP8", 9000, ("triton", row[1]), ids="int64"),  # more pairs a warp than a chunk has
+    ]
 
 
 def timed(shape: str, tokens: int) -> list[Case]:
-    """What to time: the first case's steps are all timed, of the others only those that differ."""
+    """What to time: the first case's steps are all timed, of the others only those that differ. Last, with the native prologue,
+    what the rules of thumb take there; `Worker.time` adds the same layer with Triton's. Near the limit between one routing
+    block and a cluster either is timed."""
+    from vllm_glm_patch.moe.hopper.backend import default_config
+
+    usual = default_config(SHAPES[shape].with_tokens(tokens))
+    kinds = ["native_c1", "native_c8"] if 16 <= tokens <= 1024 else ["native"]
+    return gemms_timed(shape, tokens) + [
+        Case(shape, tokens, usual.gemm1, usual.gemm2, usual.slice, usual.slots, prologue=kind) for kind in kinds
+    ]
+
+
+def gemms_timed(shape: str, tokens: int) -> list[Case]:
+    """GEMMs to time, before all of which Triton's prologue goes."""
     width = SHAPES[shape].intermediate_size
     density = tokens * 8 / 160
     cases = []
@@ -178,7 +223,9 @@ def config_of(case: Case) -> Any:
     """As the backend takes it."""
     from vllm_glm_patch.moe.hopper.backend import HopperConfig
 
-    return HopperConfig(case.gemm1, case.gemm2, case.slice, case.slots, case.programmatic, band=case.band)
+    return HopperConfig(
+        case.gemm1, case.gemm2, case.slice, case.slots, case.programmatic, band=case.band, prologue=case.prologue
+    )
 
 
 def build(defines: list[str]) -> None:
@@ -238,7 +285,8 @@ class Worker:
         if key not in self._weights:
             self._weights.clear()
             self._weights[key] = make_weights(problem, self.torch.Generator("cuda").manual_seed(SEED))
-        return make_inputs(problem, seed, case.routing, "cuda", self._weights[key])  # type: ignore[arg-type]
+        made = make_inputs(problem, seed, case.routing, "cuda", self._weights[key])  # type: ignore[arg-type]
+        return dataclasses.replace(made, topk_ids=made.topk_ids.to(getattr(self.torch, case.ids)))
 
     def check(self, case: Case) -> dict[str, Any]:
         """Every step against float64, and the same bits twice."""
@@ -286,14 +334,22 @@ class Worker:
             found["against Triton"] = relative_error(one.out, other.out.double())
         sliced = f"{case.gemm2} {case.slice} {case.slots} {case.band}"
         # The prologue lists tiles by bands.
-        band = f"band {case.band}" if case.band else case.gemm2 if "_stationary_" in case.gemm2 else ""
-        kernels = {"prologue": band, "gemm1": case.gemm1, "gemm2": sliced}
+        banded = f"band {case.band}" if case.band else case.gemm2 if "_stationary_" in case.gemm2 else ""
+        kernels = {"prologue": f"{banded} {case.prologue}", "gemm1": case.gemm1, "gemm2": sliced}
         for who, passes in (("native", [p for p, _, _ in native]), ("triton", [p for p, _, _ in triton])):
             for index, (name, _) in enumerate(passes[0].steps()):
                 kernel = kernels.get(name, "") if who == "native" else ""
                 found[f"{who} {name}"] = self.median(f"{case.shape} {case.tokens} {who} {name} {kernel}", passes, index)
             layer = case.text if who == "native" else ""
             found[f"{who} layer"] = self.median(f"{case.shape} {case.tokens} {who} layer {layer}", passes, None)
+        if case.prologue != "triton":
+            del native, triton, passes
+            with_tritons = dataclasses.replace(case, prologue="triton")
+            passes = [one for one, _, _ in self.passes(with_tritons)[0]]
+            step = f"{case.shape} {case.tokens} native prologue {banded} triton"
+            found["Triton's prologue"] = self.median(step, passes, 0)
+            layer = f"{case.shape} {case.tokens} native layer {with_tritons.text}"
+            found["native layer with it"] = self.median(layer, passes, None)
         return found
 
     def median(self, key: str, passes: list[Any], index: int | None) -> float:

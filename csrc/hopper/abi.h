@@ -5,7 +5,7 @@
 namespace glm_hopper {
 
 // Grows whenever a name, an argument or a rule below changes; the host refuses a cubin built from another number.
-constexpr int abi_version = 3;
+constexpr int abi_version = 4;
 
 // CUtensorMap as the device sees it: 128 opaque bytes made by cuTensorMapEncodeTiled, passed by value as a
 // `const __grid_constant__` argument. Host code passes its CUtensorMap; size and alignment are the same.
@@ -80,18 +80,30 @@ constexpr MapShape map_shapes[] = {
 // Family::sum (glm_topk_sum): out = Σ over a token's valid choices, choice 0 first, fp32.
 //     const bf16* partial [P, K], const int* local_ids [P], bf16* out [M, K], int tokens, int hidden_size, int experts,
 //     int top_k
-enum class Family : int { gemm1 = 0, gemm2, gemm1_decode, gemm2_decode, sum, gemm2_stationary };
+// Family::prologue (glm_prologue_*): all that routing.py's kernels make, in one launch.
+//     const bf16* hidden [M, K], u8* tokens [M, K] FP8, float* token_scales [M], const void* topk_ids [P],
+//     const int* expert_map [global_experts], int* local_ids [P], int* rows [P], int* histogram, int* tiles [2, 3, max_tiles],
+//     int* counts, int* band_tiles [bands], int tokens, int hidden_size, int experts, int global_experts, int top_k,
+//     int max_tiles, int tile_rows_1, int tile_rows_2, int band, int wide_ids
+//     topk_ids: int64 where wide_ids is not 0, else int32. expert_map: null where every expert is here.
+//     histogram: [ceil(P / routing_chunk) + 1, prologue_bins(experts)], written where there are more pairs than one chunk.
+//     band: 0, or no less than the tokens, or band · top_k is a multiple of routing_chunk.
+enum class Family : int { gemm1 = 0, gemm2, gemm1_decode, gemm2_decode, sum, gemm2_stationary, prologue };
 
 // Sizes any kernel can serve; `supports()` on the host is this and compute capability 9.0.
 //   hidden_size % 256 == 0; intermediate_size % 192 == 0; intermediate_size == 192 for glm_gemm1_row_*;
 //   intermediate_size ≤ 1536 for glm_gemm2_decode_*; slice % tile_columns == 0, hidden_size % slice == 0, slots ≥ 1,
 //   and slots ≥ 2 where hidden_size > slice or there are several bands; band % 32 == 0 then. glm_gemm2_stationary_* has neither
 //   slice nor slots; band is its own where there are more tokens than that, else 0 or as many as there are or more.
+//   experts ≤ prologue_experts for glm_prologue_*.
+constexpr int prologue_experts = 511;
+constexpr int routing_chunk = 1024;  // pairs; routing.py's CHUNK, and its SMALL_PAIRS
 
 // ---------------------------------------------------------------------------------------------- launches
 enum class Grid : int {
     persistent,  // multiprocessors, rounded down to a multiple of `cluster`; fewer is right too, never 0
     per_vector,  // ceil(tokens · hidden_size / 8 / block)
+    prologue,    // prologue_blocks(cluster, tokens)
 };
 
 struct Kernel {
@@ -138,6 +150,8 @@ constexpr Kernel kernels[] = {
     {"glm_gemm2_decode_t32", "gemm2_decode.cu", Family::gemm2_decode, Grid::persistent, 384, 1, 32, 128, 10, 16384, true, {Map::w2_rows, Map::none}},
     {"glm_gemm2_decode_t64", "gemm2_decode.cu", Family::gemm2_decode, Grid::persistent, 384, 1, 64, 128, 6, 16384, true, {Map::w2_rows, Map::none}},
     {"glm_topk_sum", "topk_sum.cu", Family::sum, Grid::per_vector, 256, 1, 0, 8, 0, 0, true, {Map::none, Map::none}},
+    {"glm_prologue_c1", "prologue.cu", Family::prologue, Grid::prologue, 256, 1, 0, 0, 1, 20736, false, {Map::none, Map::none}},
+    {"glm_prologue_c8", "prologue.cu", Family::prologue, Grid::prologue, 256, 8, 0, 0, 1, 20736, false, {Map::none, Map::none}},
 };
 
 // Barriers, scales and item numbers lie in this many bytes behind the stages; the first stage is aligned to 1024 by hand.
@@ -160,12 +174,25 @@ GLM_BOTH_SIDES int gemm2_decode_consumers(int stages, int stage_bytes, int tile_
     return both <= 232448 ? 2 : 1;
 }
 
+// Bins of a prologue's histogram: one for each expert, and at least one for pairs that name none. workspace.py's bins_of.
+GLM_BOTH_SIDES int prologue_bins(int experts) {
+    int bins = 16;
+    while (bins <= experts) bins *= 2;
+    return bins;
+}
+// Blocks of a prologue: one cluster for the routing, and a block for every two tokens.
+constexpr unsigned prologue_blocks(int cluster, int tokens) {
+    const unsigned blocks = cluster + tokens / 2 + tokens % 2;
+    return (blocks + cluster - 1) / cluster * cluster;
+}
+
 // Dynamic shared memory of a launch.
 constexpr int shared_bytes(const Kernel& kernel, int intermediate_size) {
     if (kernel.family == Family::sum) return 0;
     if (kernel.family == Family::gemm2_stationary) {  // the sums are fp32
         return kernel.stages * kernel.stage_bytes + kernel.band * kernel.tile_columns * 4 + stationary_extra;
     }
+    if (kernel.family == Family::prologue) return kernel.stage_bytes;
     int bytes = kernel.stages * kernel.stage_bytes + shared_extra + 1024;
     if (kernel.family == Family::gemm2_decode)
         bytes += gemm2_decode_consumers(kernel.stages, kernel.stage_bytes, kernel.tile_rows, intermediate_size) *

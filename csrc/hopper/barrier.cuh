@@ -56,6 +56,9 @@ GLM_DEVICE void barrier_wait(u32 barrier, u32 parity) {
 // Named barriers 1 … 15 among `threads` threads (whole warps).
 GLM_DEVICE void named_barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 GLM_DEVICE void block_barrier() { __syncthreads(); }
+// The cluster's barrier in two: what a thread has written before is not ordered by it, what it has read is done.
+GLM_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
+GLM_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 GLM_DEVICE void cluster_barrier() {
     asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
 }

@@ -41,6 +41,10 @@ struct alignas(16) Float4 {
 #define GLM_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads, 1)
 #define GLM_CLUSTER_KERNEL(threads, cluster) \
     extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(threads, 1)
+// With `blocks` of them at once on a multiprocessor, which limits registers.
+#define GLM_SHARING_KERNEL(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
+#define GLM_SHARING_CLUSTER_KERNEL(threads, cluster, blocks) \
+    extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(threads, blocks)
 #define GLM_MAP const __grid_constant__ TensorMap
 
 #if defined(GLM_WAIT_LIMIT) && !defined(__CUDACC_RTC__)
@@ -84,9 +88,12 @@ GLM_DEVICE int warp_uniform(int value) { return __shfl_sync(0xffffffffu, value, 
 GLM_DEVICE u32 shuffle_xor(u32 value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 GLM_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 GLM_DEVICE int shuffle(int value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
-GLM_DEVICE void warp_sync() { __syncwarp(); }
-GLM_DEVICE u32 ballot(bool bit) { return __ballot_sync(0xffffffffu, bit); }
+// The value of the lane `lanes` below; the lowest ones get their own.
+GLM_DEVICE int shuffle_up(int value, int lanes) { return __shfl_up_sync(0xffffffffu, value, lanes); }
+// A bit for each lane of the warp.
+GLM_DEVICE u32 ballot(bool value) { return __ballot_sync(0xffffffffu, value); }
 GLM_DEVICE int count_bits(u32 bits) { return __popc(bits); }
+GLM_DEVICE void warp_sync() { __syncwarp(); }
 
 // Shared memory goes by 32-bit addresses.
 GLM_DEVICE u32 shared_base() {
@@ -96,6 +103,18 @@ GLM_DEVICE u32 shared_base() {
 GLM_DEVICE int load_shared_int(u32 address) {
     int value;
     asm volatile("ld.shared.s32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+    return value;
+}
+// The same address in another block of the cluster.
+GLM_DEVICE int load_shared_int_of(u32 address, int rank) {
+    int value;
+    asm volatile(
+        "{\n\t.reg .b32 remote;\n\t"
+        "mapa.shared::cluster.u32 remote, %1, %2;\n\t"
+        "ld.shared::cluster.s32 %0, [remote];\n\t}"
+        : "=r"(value)
+        : "r"(address), "r"(rank)
+        : "memory");
     return value;
 }
 GLM_DEVICE float load_shared_float(u32 address) {
@@ -142,6 +161,19 @@ GLM_DEVICE Vector4 load_fresh_16(const void* pointer) {
                  : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
                  : "l"(pointer)
                  : "memory");
+    return v;
+}
+GLM_DEVICE int load_fresh_int(const int* pointer) {
+    int value;
+    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(pointer) : "memory");
+    return value;
+}
+// What no launch writes and nobody here reads again: leaves L1 alone.
+GLM_DEVICE Vector4 load_once_16(const void* pointer) {
+    Vector4 v;
+    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+        : "l"(pointer));
     return v;
 }
 GLM_DEVICE Vector4 load_16(const void* pointer) { return *static_cast<const Vector4*>(pointer); }

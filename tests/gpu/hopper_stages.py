@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 
+from vllm_glm_patch.moe import routing
 from vllm_glm_patch.moe.generators import Inputs
-from vllm_glm_patch.moe.hopper.backend import HopperConfig, HopperPass, layout_of, triton_config
+from vllm_glm_patch.moe.hopper.backend import HopperConfig, HopperPass, band_of, layout_of, prologue_of, triton_config
 from vllm_glm_patch.moe.hopper.native import Native
-from vllm_glm_patch.moe.pipeline import Tensors
+from vllm_glm_patch.moe.pipeline import Pass, Tensors
 from vllm_glm_patch.moe.reference import fused_moe, local_experts, quantise_per_token, relative_error
+from vllm_glm_patch.moe.workspace import bins_of
 
 POISON = 0xFF  # NaN in FP8 and bf16, −1 in int32
 # A tensor core's sums keep some 14 bits: what an element may be off by, relative to the largest of its row.
@@ -92,6 +94,50 @@ def _looks_like(values: torch.Tensor, want: torch.Tensor, row: int) -> str:
     return f"likest to row {best} ({float(likeness[best]):.3f}); sorted, like itself {float(sorted_alike):.3f}"
 
 
+def prologue_outputs(one: Pass) -> dict[str, torch.Tensor]:
+    """All that a prologue makes and somebody reads, by name, out of the workspace of a pass. Integers, so NaN equals NaN."""
+    p, counts = one.problem, one.counts
+    size, chunks, bins = p.tokens * p.hidden_size, -(-p.pairs // routing.CHUNK), bins_of(p.experts)
+    codes = one.quantised[:size].view(torch.uint8)
+    if codes.device.type == "cpu":  # Triton's interpreter makes zeros of negative numbers positive
+        codes = torch.where(codes == 0x80, 0, codes)
+    tiles = one.tiles.view(2, 3, -1)
+    found = {
+        "tokens": codes,
+        "token_scales": one.token_scales[: p.tokens].view(torch.int32),
+        "local_ids": one.local_ids[: p.pairs],
+        "counts": counts,
+        "rows": one.rows[: int(counts[0])],
+        "GEMM1's tiles": tiles[0, :, : int(counts[1])],
+        "GEMM2's tiles": tiles[1, :, : int(counts[2])],
+    }
+    if one.bands > 1:
+        found["band_tiles"] = one.band_tiles[: one.bands]
+    if p.pairs > routing.SMALL_PAIRS:
+        scanned = one.histogram[: (chunks + 1) * bins].view(chunks + 1, bins)
+        found |= {"histogram": scanned[:chunks], "first rows": scanned[chunks, : p.experts + 1]}
+    return {name: part.clone() for name, part in found.items()}
+
+
+def compare_prologues(report: Report, ours: Pass, theirs: Pass) -> None:
+    """What the native prologue made (`ours`: a pass over its workspace) against what Triton's makes now, to the bit."""
+    theirs.prologue()
+    different = []
+    made = prologue_outputs(ours)
+    for name, want in prologue_outputs(theirs).items():
+        got = made[name]
+        if got.shape != want.shape:
+            report.wrong += 1
+            different.append(f"{name} {list(got.shape)}, want {list(want.shape)}")
+        elif bad := int((got != want).sum()):
+            report.wrong += bad
+            first = int((got != want).flatten().nonzero()[0, 0])
+            values = int(got.flatten()[first]), int(want.flatten()[first])
+            different.append(f"{name} {bad} of {got.numel()}, first at {first}: {values[0]}, want {values[1]}")
+    what = "; ".join(different) or f"{', '.join(made)} as Triton's, to the bit"
+    report.lines.append(f"{'WRONG' if different else 'ok':5} prologue: {what}")
+
+
 def check_layer(
     native: Native,
     inputs: Inputs,
@@ -132,6 +178,12 @@ def check_layer(
         step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
+        if name == "prologue" and prologue_of(problem, config, native) is not None:
+            both = (
+                Pass(problem, shared, tensors, room, multiprocessors, band=band_of(config, shared))
+                for room in (workspace, torch.full_like(workspace, POISON))
+            )
+            compare_prologues(report, *both)
         getattr(state, f"check_{name}")(report, out)
     whole = fused_moe(*inputs.positional(), expert_map=inputs.expert_map)
     error = relative_error(out, whole)

@@ -54,6 +54,20 @@ _CASES = [
 ]
 
 
+_PROLOGUES = [
+    # tokens, experts here and in all, kernels, routing, ids; tokens of a band
+    (1, 160, 160, "decode_t8", "decode_t8", "spread", "int32"),
+    (64, 160, 160, "decode_t8", "decode_t8", "bad", "int64"),
+    (128, 20, 160, "decode_t16", "decode_t16", "skewed", "int32"),
+    (129, 160, 160, "decode_t16", "decode_t16", "none", "int32"),
+    (1000, 160, 160, "row_c1", "sum_n128", "bad", "int64"),
+    (8192, 160, 160, "row_c1", "sum_n256", "spread", "int32"),
+    (8191, 20, 160, "row_c2", "sum_n128", "skewed", "int64", 1024),
+    (8192, 160, 160, "row_c1", "sum_n128", "collapsed", "int32", 128),
+    (16384, 160, 160, "row_c1", "sum_n256", "bad", "int32", 2048),
+]
+
+
 def _ids(case: tuple[Any, ...]) -> str:
     return f"{case[0]}-N{case[1]}-{case[4]}-{case[5]}-{'-'.join(map(str, case[8:]))}"
 
@@ -126,3 +140,62 @@ def test_repeats_to_the_bit_in_a_graph_and_with_fewer_blocks(native: Any, case: 
     assert torch.isfinite(outputs[0]).all()
     assert torch.equal(outputs[0].view(torch.int16), outputs[1].view(torch.int16))
     assert torch.equal(outputs[0].view(torch.int16), outputs[2].view(torch.int16))
+
+
+@pytest.mark.parametrize("case", _PROLOGUES, ids=lambda case: "-".join(map(str, case)))
+def test_native_prologue_makes_tritons_bits_launched_and_replayed(native: Any, case: tuple[Any, ...]) -> None:
+    """Rows of zeros, of NaN, with infinities, huge and tiny ones among them; twice at once on two streams, too."""
+    from hopper_stages import Report, compare_prologues
+
+    from vllm_glm_patch.moe.generators import make_expert_map, make_routing, make_tokens
+    from vllm_glm_patch.moe.hopper.backend import HopperConfig, HopperPass, band_of, triton_config, workspace_bytes
+    from vllm_glm_patch.moe.pipeline import Pass, Tensors
+    from vllm_glm_patch.moe.problem import Problem
+
+    print(f"SEED={SEED}")
+    tokens, experts, global_experts, first, second, routing, kind, *band = case
+    problem = Problem(tokens, 5120, 192, experts, global_experts)
+    config = HopperConfig(f"glm_gemm1_{first}", f"glm_gemm2_{second}", 256, 2, band=sum(band), prologue="native")
+    shared = triton_config(problem, config, native)
+    generator = torch.Generator("cuda").manual_seed(SEED)
+    weights, ids = make_routing(problem, generator, routing)
+    expert_map = make_expert_map(problem, rank=1)
+    hidden = make_tokens(problem, generator)
+    for place, value in enumerate((0.0, -0.0, float("nan"), 3e38, 1e-40)):
+        hidden[place + 2 :: 16] = value
+    hidden[8::16, 17::64] = float("inf")
+    hidden[9::16, 5::8] = float("nan")
+    # GEMMs are not run: of their tensors only addresses are needed.
+    nothing = torch.zeros(16, dtype=torch.uint8, device="cuda")
+    weight = nothing.as_strided((1, 1, 16), (2 * 192 * 5120, 16, 1))
+    there = None if expert_map is None else expert_map.cuda()
+    ids = ids.to(getattr(torch, kind))
+    tensors = Tensors(hidden, weight, weight, nothing, nothing, weights, ids, there, torch.empty_like(hidden))
+    size = workspace_bytes(problem, config, native)
+    rooms = [torch.full((size,), 0xFF, dtype=torch.uint8, device="cuda") for _ in range(3)]
+    layers = [HopperPass(native, problem, config, tensors, room, 132, _stream) for room in rooms[:2]]
+    passes = [Pass(problem, shared, tensors, room, 132, band=band_of(config, shared)) for room in rooms]
+
+    def compare() -> None:
+        torch.cuda.synchronize()
+        report = Report()
+        for ours in passes[:2]:
+            compare_prologues(report, ours, passes[2])
+        assert report.wrong == 0, "\n".join(report.lines)
+
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in layers]
+    for _ in range(20):
+        for stream, layer in zip(streams, layers):
+            with torch.cuda.stream(stream):
+                layer.prologue()
+    compare()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for layer in layers:
+            layer.prologue()
+    for room in rooms:
+        room.fill_(0x5A)
+    for _ in range(3):
+        graph.replay()
+    compare()

@@ -28,6 +28,22 @@ def emulator_object(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def emulated_libraries(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(libglm_hopper.so, a driver whose launches run the kernels under the emulator)."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ to build the emulator with")
+    folder = tmp_path_factory.mktemp("emulated-layer")
+    flags = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-Wno-psabi", "-Wno-unknown-pragmas"]
+    launcher, driver = folder / "libglm_hopper.so", folder / "libcuda_emulated.so"
+    hosts = map(str, sorted((KERNELS / "host").glob("*.cpp")))
+    subprocess.run([*flags, *hosts, "-o", str(launcher), "-lpthread"], check=True, timeout=300)
+    sources = [str(NATIVE / "emulated_driver.cpp"), str(NATIVE / "emulate.cpp")]
+    paths = [f"-I{KERNELS}", f"-I{NATIVE}", "-DGLM_HOPPER_EMULATE"]
+    subprocess.run([*flags, *paths, *sources, "-o", str(driver)], check=True, timeout=300)
+    return launcher, driver
+
+
+@pytest.fixture(scope="session")
 def check_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All kernels, the emulator and their check under AddressSanitizer and UBSan."""
     if shutil.which("g++") is None:

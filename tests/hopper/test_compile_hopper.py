@@ -23,6 +23,7 @@ SOURCES = (
     "gemm2_decode.cu",
     "gemm2_stationary.cu",
     "topk_sum.cu",
+    "prologue.cu",
 )
 
 
@@ -45,6 +46,8 @@ class Entry:
             return 0
         if self.family == "gemm2_stationary":  # and the fp32 sums of a band × 64 columns
             return self.stages * self.stage_bytes + 3072 + self.band * 64 * 4
+        if self.family == "prologue":
+            return self.stage_bytes
         fixed = self.stages * self.stage_bytes + 4096 + 1024
         if self.family != "gemm2_decode":
             return fixed
@@ -160,7 +163,7 @@ def test_no_role_uses_more_registers_than_setmaxnreg_leaves_it(code: dict[str, s
 
 
 def test_machine_code_has_the_instructions_meant(code: dict[str, str]) -> None:
-    for source in SOURCES[:-1]:
+    for source in SOURCES[:-2]:
         assert "QGMMA" in code[source], f"{source} multiplies without wgmma"
         assert "UTMALDG" in code[source], f"{source} reads its weights without TMA"
         assert not re.search(r"\b(STL|LDL)\b", code[source]), f"{source} uses local memory"
@@ -183,6 +186,14 @@ def test_machine_code_has_the_instructions_meant(code: dict[str, str]) -> None:
     # Each of the three roles waits for the launch before, in each of the four kernels.
     assert stationary.count("ACQBULK") >= 3 * 4
     assert stationary.count("QGMMA") >= 5 * stationary.count("WARPGROUP.DEPBAR")
+    # Of the prologue: rows in 16-byte loads, all five before the first is used, and FP8 in 8-byte stores; the other blocks'
+    # totals out of the cluster's shared memory.
+    assert not re.search(r"\b(STL|LDL)\b", code["prologue.cu"])
+    clustered = code["prologue.cu"].split(".text.glm_prologue_c8:")[1]
+    row = clustered[: clustered.index("FMNMX")]
+    assert row.count("LDG.E.NA.128.CONSTANT") == 5, "a row's loads wait for one another"
+    assert "F2FP.SATFINITE.E4M3.F32.PACK_AB_MERGE_C" in code["prologue.cu"]
+    assert "STG.E.64" in code["prologue.cu"]
     # The wgmma of a group are waited for together: one wait a group, and one more at the end where the last runs on till then.
     for source in ("gemm1_prefill.cu", "gemm1_split.cu"):
         for name, body in kernels_of(code[source]).items():

@@ -81,6 +81,19 @@ _CASES = [
     ("glm_gemm2_decode_t8", {"tokens": 9, "width": 1536, "hidden": 512}),
     ("glm_gemm2_decode_t64", {"tokens": 70, "width": 1536, "experts": 2}),
     ("glm_topk_sum", {"tokens": 33, "top_k": 11}),
+    # One pair; a whole row of threads and rows that do not fit their registers; a chunk less a pair, and a pair more; whole
+    # chunks for each warp; more bins than threads; ids in a map, wrong ones in it too; 64-bit ids; nearly one expert.
+    ("glm_prologue_c1", {"tokens": 1, "top_k": 1, "experts": 1, "invalid": 0}),
+    ("glm_prologue_c1", {"tokens": 7, "top_k": 8, "hidden": 5120, "experts": 160}),
+    ("glm_prologue_c8", {"tokens": 6, "top_k": 8, "hidden": 7168, "elsewhere": 12}),
+    ("glm_prologue_c1", {"tokens": 33, "top_k": 31, "elsewhere": 12, "wide": 1, "skew": 1}),
+    ("glm_prologue_c8", {"tokens": 25, "top_k": 41, "experts": 16, "wide": 1, "rows1": 16, "rows2": 8}),
+    ("glm_prologue_c1", {"tokens": 20, "top_k": 512, "experts": 7, "wide": 1}),
+    ("glm_prologue_c8", {"tokens": 40, "top_k": 64, "experts": 511, "invalid": 40}),
+    # By bands of tokens: three, one of them silent; eleven, the last one short; each expert in one band only.
+    ("glm_prologue_c8", {"tokens": 24, "top_k": 128, "band": 8, "silent": 0b10, "experts": 20, "elsewhere": 60}),
+    ("glm_prologue_c1", {"tokens": 21, "top_k": 512, "band": 2, "experts": 300, "rows1": 64, "rows2": 32}),
+    ("glm_prologue_c8", {"tokens": 42, "top_k": 256, "band": 4, "experts": 9, "skew": 2, "rows2": 128}),
 ]
 
 
@@ -166,9 +179,10 @@ def test_sums_of_16_tokens_are_as_right(changed_kernel: Callable[..., Path], ban
         "glm_gemm2_stationary_t640",
         "glm_gemm2_decode_t8",
         "glm_topk_sum",
+        "glm_prologue_c8",
     ],
 )
 def test_no_valid_pair_writes_nothing_but_zeros(check_program: Path, kernel: str) -> None:
     done = run_check(check_program, kernel, invalid=100, tokens=20, grid=2, seed=SEED)
-    # gemm2_sum, gemm2_stationary and topk_sum write zeros, the others leave the poison; the check compares either.
+    # GEMM2 with its sum and topk_sum write zeros, the prologue its counts, the others leave the poison; either is compared.
     assert done.returncode == 0, f"seed={SEED}\n{done.stdout}{done.stderr}"

@@ -27,7 +27,7 @@ def test_cases_name_every_kernel_and_none_other(benchmark: ModuleType) -> None:
     names = set(re.findall(r'\{"(glm_\w+)"', (KERNELS / "abi.h").read_text()))
     checked = benchmark.checks()
     named = {case.gemm1 for case in checked} | {case.gemm2 for case in checked}
-    assert named | {"glm_topk_sum"} == names | {"triton"}
+    assert named | {"glm_topk_sum"} | {name for name in names if "_prologue_" in name} == names | {"triton"}
     for shape in benchmark.SHAPES:
         for tokens in (1, 8, 64, 1024, 8192):
             timed = benchmark.timed(shape, tokens)
@@ -53,6 +53,23 @@ def test_cases_with_bands_are_configurations_and_say_so(benchmark: ModuleType) -
     for case in banded:
         HopperConfig(case.gemm1, case.gemm2, case.slice, case.slots, band=case.band)
     assert not any(case.band for case in benchmark.timed("TP8", 2048))
+
+
+def test_the_native_prologue_is_checked_and_timed_at_every_count(benchmark: ModuleType) -> None:
+    from vllm_glm_patch.moe.hopper.backend import HopperConfig, default_config
+
+    checked = [case for case in benchmark.checks() if "prologue" in case.text]
+    assert [case for case in benchmark.checks() if case.prologue != "triton"] == checked
+    assert len({case.text for case in checked}) == len(checked) > 8
+    assert {case.tokens * 8 <= 1024 for case in checked} == {True, False}  # one block, and a cluster
+    assert {case.ids for case in checked} == {"int32", "int64"}
+    assert any(case.band for case in checked) and {"EP8", "TP8"} == {case.shape for case in checked}
+    for shape, problem in benchmark.SHAPES.items():
+        for tokens in (1, 8, 16, 64, 256, 1024, 8192):
+            native = [case for case in benchmark.timed(shape, tokens) if "prologue" in case.text]
+            assert [case.prologue for case in native] in (["native"], ["native_c1", "native_c8"])
+            configured = HopperConfig(*(getattr(native[0], name) for name in ("gemm1", "gemm2", "slice", "slots")))
+            assert configured == default_config(problem.with_tokens(tokens))
 
 
 _CHILD = """

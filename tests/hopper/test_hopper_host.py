@@ -74,7 +74,7 @@ def layer(**changes: int) -> Layer:
     values = {name: (1 + i) << 20 for i, (name, kind) in enumerate(Layer._fields_) if kind is Layer._fields_[0][1]}
     values |= {"w13_stride": 2 * WIDTH * HIDDEN, "w2_stride": WIDTH * HIDDEN, "tokens_count": TOKENS, "hidden_size": HIDDEN}
     values |= {"intermediate_size": WIDTH, "experts": EXPERTS, "top_k": TOP_K, "max_tiles": 416, "slice": 512, "slots": 3}
-    values |= {"band": 64}
+    values |= {"band": 128, "global_experts": EXPERTS, "tile_rows_1": 8, "tile_rows_2": 16, "wide_ids": 1}
     return Layer(**{**values, "programmatic": 1, **changes})
 
 
@@ -111,12 +111,16 @@ def test_every_kernel_is_launched_as_abi_h_says(row, native: Native, mock: Mock)
     assert launch.programmatic == row.programmatic
     if row.grid == "persistent":
         assert launch.grid == 132 // row.cluster * row.cluster
+    elif row.grid == "prologue":
+        assert launch.grid == {1: 1 + TOKENS // 2, 8: 160}[row.cluster]  # a cluster, two tokens a block, whole clusters
     else:
         assert launch.grid == -(-TOKENS * HIDDEN // 8 // row.block)
     if row.family == "sum":
         assert launch.shared == 0
     elif row.family == "gemm2_stationary":
         assert launch.shared == row.stages * row.stage_bytes + 4 * 64 * row.band + 3072
+    elif row.family == "prologue":
+        assert launch.shared == row.stage_bytes
     else:
         room = -(-row.tile_rows * (-(-WIDTH // 128) * 128 + 280) // 1024) * 1024 if row.family == "gemm2_decode" else 0
         assert launch.shared == row.stages * row.stage_bytes + 4096 + 1024 + 2 * room  # both warpgroups fit at this width
@@ -168,6 +172,11 @@ EXPECTED = {
         "hidden_size", "intermediate_size",
     ),
     "glm_topk_sum": ("partial", "local_ids", "out", "tokens_count", "hidden_size", "experts", "top_k"),
+    "glm_prologue_c8": (
+        "hidden", "tokens", "token_scales", "topk_ids", "expert_map", "local_ids", "rows", "histogram", "tiles", "counts",
+        "band_tiles", "tokens_count", "hidden_size", "experts", "global_experts", "top_k", "max_tiles", "tile_rows_1",
+        "tile_rows_2", "band", "wide_ids",
+    ),
 }  # fmt: skip
 
 
@@ -347,6 +356,15 @@ def test_an_earlier_kernels_fault_is_told_apart(native: Native, mock: Mock) -> N
         ("glm_topk_sum", {"out": 0}, "out is null"),
         ("glm_gemm2_decode_t8", {"act": 0x1008}, "act must lie at a multiple of 16 bytes"),
         ("glm_gemm1_decode_t8", {"w13_stride": WIDTH * HIDDEN}, "w13 has 983040 bytes from expert to expert"),
+        ("glm_prologue_c1", {"experts": 512, "global_experts": 512}, "511 experts or fewer; Triton's prologue serves more"),
+        ("glm_prologue_c1", {"global_experts": 159}, "global_experts is 159; it must be experts, or"),
+        ("glm_prologue_c8", {"global_experts": 161, "expert_map": 0}, "global_experts is 161; it must be experts, or"),
+        ("glm_prologue_c8", {"expert_map": 0x1002}, "expert_map must lie at a multiple of 4 bytes"),
+        ("glm_prologue_c1", {"topk_ids": 0x1004}, "topk_ids must lie at a multiple of 8 bytes"),
+        ("glm_prologue_c1", {"hidden": 0x1008}, "hidden must lie at a multiple of 16 bytes"),
+        ("glm_prologue_c8", {"tile_rows_2": 0}, "tile_rows_1 and tile_rows_2 must be positive"),
+        ("glm_prologue_c8", {"band": 96}, "band 96 must be a whole number of chunks of 1024 pairs"),
+        ("glm_prologue_c8", {"band_tiles": 0}, "band_tiles is null"),
     ],
 )
 def test_what_a_kernel_cannot_serve_is_refused_before_the_driver_is_asked(

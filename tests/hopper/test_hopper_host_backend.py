@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hopper_host import HOST_SOURCES, LIBRARY_FLAGS, NATIVE, Mock, compile_cpp, mock_image
+from hopper_host import CSRC, HOST_SOURCES, LIBRARY_FLAGS, NATIVE, Mock, compile_cpp, mock_image
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
@@ -51,7 +51,7 @@ def images(native: Native, refuse: int = 0, **changes: int) -> library.Images:
     return dataclasses.replace(library.Images(files, "nvcc 99", native.abi_version), **changes)
 
 
-def hopper_pass(native: Native, mock: Mock, config, problem: Problem = TP8):
+def hopper_pass(native: Native, mock: Mock, config, problem: Problem = TP8, ids_dtype: torch.dtype = torch.int32):
     """A pass over real CPU tensors, its kernels loaded; returns (pass, tensors, workspace)."""
     from vllm_glm_patch.moe.generators import make_inputs
     from vllm_glm_patch.moe.hopper.backend import HopperPass, workspace_bytes
@@ -60,7 +60,8 @@ def hopper_pass(native: Native, mock: Mock, config, problem: Problem = TP8):
     inputs = make_inputs(problem, 7, "spread", "cpu")
     hidden, w13, w2, w13_scale, w2_scale, weights, ids = inputs.positional()
     scales = w13_scale.reshape(problem.experts, -1), w2_scale.reshape(problem.experts, -1)
-    tensors = Tensors(hidden, w13, w2, *scales, weights, ids, None, torch.empty_like(hidden))
+    ids = ids.to(ids_dtype)
+    tensors = Tensors(hidden, w13, w2, *scales, weights, ids, inputs.expert_map, torch.empty_like(hidden))
     workspace = torch.zeros(workspace_bytes(problem, config, native), dtype=torch.uint8)
     library.Loader(native, images(native), lambda: pytest.fail("nothing is to be compiled"), mock.path).on(0)
     return HopperPass(native, problem, config, tensors, workspace, 132, lambda: 0x55), tensors, workspace
@@ -285,6 +286,70 @@ def test_a_band_that_cannot_be_is_refused(native: Native) -> None:
         workspace_bytes(Problem(8192), config(*PREFILL_ROW, band=96), native)
     names = dict(zip(("gemm1", "gemm2"), PREFILL_ROW))
     assert told({"backend": "hopper", **names, "band": 2048}) == config(*PREFILL_ROW, band=2048)
+
+
+@pytest.mark.parametrize(("tokens", "ids"), [(8, torch.int32), (300, torch.int64)])
+def test_the_native_prologue_gets_the_tensors_and_the_workspace(tokens, ids, native: Native, mock: Mock) -> None:
+    problem = dataclasses.replace(TP8, tokens=tokens, global_experts=32)
+    chosen = config("glm_gemm1_row_c2", "glm_gemm2_sum_n128", slice=256, band=256, prologue="native")
+    one, tensors, workspace = hopper_pass(native, mock, chosen, problem, ids)
+    one.run()
+    launches = mock.launches()
+    name = {8: "glm_prologue_c1", 300: "glm_prologue_c8"}[tokens]
+    assert [launch.kernel for launch in launches] == [name, chosen.gemm1, chosen.gemm2]
+    first, gemm1, gemm2 = launches
+    assert {launch.stream for launch in launches} == {0x55}
+    assert (first.programmatic, first.grid) == (0, {8: 5, 300: 160}[tokens])
+    assert [first.pointer(i) for i in (0, 3, 4)] == [
+        tensor.data_ptr() for tensor in (tensors.hidden, tensors.topk_ids, tensors.expert_map)
+    ]
+    # What GEMM1 and GEMM2 read is what it writes; GEMM1: tokens, scales, rows, tiles, counts; GEMM2: local ids, bands.
+    assert [first.pointer(i) for i in (1, 2, 6, 8, 9)] == [gemm1.pointer(i) for i in (1, 2, 6, 7, 8)]
+    assert [first.pointer(i) for i in (5, 10)] == [gemm2.pointer(i) for i in (6, 12)]
+    shared = one._pass
+    assert first.pointer(7) == shared.histogram.data_ptr() < workspace.data_ptr() + workspace.numel()
+    banded = 256 if tokens > 256 else 0
+    wanted = [tokens, 256, 16, 32, 4, shared.max_tiles, 256, 128, banded, int(ids == torch.int64)]
+    assert [first.number(i) for i in range(11, 21)] == wanted
+    assert (first.pointer(10) != 0) == (banded > 0)
+    for _, step in one.steps():
+        step()
+    assert [launch.kernel for launch in mock.launches()] == [name, chosen.gemm1, chosen.gemm2]
+
+
+def test_more_experts_than_the_native_prologue_counts_are_left_to_tritons(native: Native, mock: Mock) -> None:
+    from vllm_glm_patch.moe import routing, workspace
+    from vllm_glm_patch.moe.hopper.backend import PROLOGUE_EXPERTS, prologue_of
+
+    chosen = config(*DECODE, prologue="native")
+    many = dataclasses.replace(TP8, experts=PROLOGUE_EXPERTS, global_experts=PROLOGUE_EXPERTS)
+    assert prologue_of(many, chosen, native) is native.by_name["glm_prologue_c1"]
+    assert prologue_of(dataclasses.replace(many, experts=PROLOGUE_EXPERTS + 1), chosen, native) is None
+    assert prologue_of(TP8, config(*DECODE), native) is None
+    limit = routing.SMALL_PAIRS // TP8.top_k
+    names = [prologue_of(TP8.with_tokens(tokens), chosen, native).name for tokens in (limit, limit + 1)]
+    assert names == ["glm_prologue_c1", "glm_prologue_c8"]
+    forced = [config(*DECODE, prologue=f"native_{kind}") for kind in ("c1", "c8")]
+    for tokens in (1, 8192):
+        names = [prologue_of(TP8.with_tokens(tokens), one, native).name for one in forced]
+        assert names == ["glm_prologue_c1", "glm_prologue_c8"]
+    # What both sides count by.
+    text = (CSRC / "abi.h").read_text()
+    assert f"prologue_experts = {PROLOGUE_EXPERTS};" in text
+    assert f"routing_chunk = {routing.CHUNK};" in text
+    assert routing.CHUNK == routing.SMALL_PAIRS
+    assert f"zeros = {1 + routing.DONE};" in (CSRC / "prologue.cu").read_text()
+    assert [workspace.bins_of(experts) for experts in (1, 15, 16, 160, 511)] == [16, 16, 32, 256, 512]
+
+
+def test_a_prologue_that_is_none_is_refused() -> None:
+    from vllm_glm_patch.moe.hopper.backend import told
+
+    with pytest.raises(ValueError, match="prologue 'cutlass' is none; there are triton, native, native_c1, native_c8"):
+        config(*DECODE, prologue="cutlass")
+    names = dict(zip(("gemm1", "gemm2"), DECODE))
+    assert told({"backend": "hopper", **names, "prologue": "native"}) == config(*DECODE, prologue="native")
+    assert config(*DECODE).prologue == "triton"
 
 
 def test_kernels_that_do_not_go_together_are_refused(native: Native) -> None:

@@ -11,6 +11,7 @@ from emulated import run_check
 _GEMM1, _GEMM2, _DECODE1, _DECODE2 = "gemm1_prefill.cu", "gemm2_prefill.cu", "gemm1_decode.cu", "gemm2_decode.cu"
 _STATIONARY = "gemm2_stationary.cu"
 _SPLIT = "gemm1_split.cu"
+_PROLOGUE = "prologue.cu"
 
 # name, file, kernel, text, what it becomes
 _FAULTS = [
@@ -298,12 +299,98 @@ _FAULTS = [
             ),
         )
     ),
+    (
+        "a lane's rank counts itself",
+        _PROLOGUE,
+        "glm_prologue_c1",
+        "alike & ((1u << lane) - 1)",
+        "alike & ((2u << lane) - 1)",
+    ),
+    ("an expert known by eight bits", _PROLOGUE, "glm_prologue_c1", "bit < bin_bits", "bit < bin_bits - 1"),
+    (
+        "a counter read after a lane has raised it",
+        _PROLOGUE,
+        "glm_prologue_c8",
+        "    warp_sync();\n    if (earlier == 0)",
+        "    if (earlier == 0)",
+    ),
+    (
+        "totals read before the other blocks have written theirs",
+        _PROLOGUE,
+        "glm_prologue_c8",
+        "if (CLUSTER > 1) cluster_barrier();  // all",
+        "if (0) cluster_barrier();  // all",
+    ),
+    (
+        "a block ends while another reads its totals",
+        _PROLOGUE,
+        "glm_prologue_c8",
+        "if (CLUSTER > 1) cluster_wait();",
+        "if (CLUSTER > 1 && has_bands()) cluster_wait();",
+    ),
+    (
+        "pairs placed before rows are known",
+        _PROLOGUE,
+        "glm_prologue_c1",
+        "block_barrier();                    // the counters",
+        "// the counters",
+    ),
+    ("bands listed before the histogram is written", _PROLOGUE, "glm_prologue_c8", "            cluster_barrier();", ""),
+    (
+        "room for sums used again too early",
+        _PROLOGUE,
+        "glm_prologue_c1",
+        "        value[k] = before + sum[k] - value[k];\n    }\n    block_barrier();",
+        "        value[k] = before + sum[k] - value[k];\n    }",
+    ),
+    (
+        "an id looked up in the map unchecked",
+        _PROLOGUE,
+        "glm_prologue_c1",
+        "if (wanted[i] >= p.global_experts) wanted[i] = -1;",
+        "",
+    ),
+    (
+        "half of a 64-bit id",
+        _PROLOGUE,
+        "glm_prologue_c1",
+        "static_cast<const i64*>(p.topk_ids)[pair]",
+        "static_cast<int>(static_cast<const i64*>(p.topk_ids)[pair])",
+    ),
+    (
+        "the map's word taken for it",
+        _PROLOGUE,
+        "glm_prologue_c8",
+        "local >= 0 && local < p.experts ? local",
+        "local >= 0 ? local",
+    ),
+    (
+        "a token's largest value before all its warps have told theirs",
+        _PROLOGUE,
+        "glm_prologue_c1",
+        "named_barrier(2, row_threads);",
+        "",
+    ),
+    ("a reciprocal for the quotient", "fp8.cuh", "glm_prologue_c1", "return larger(exact,", "return larger(q,"),
+    (
+        "the rest of a wide row left out",
+        _PROLOGUE,
+        "glm_prologue_c1",
+        "int i = row_vectors;",
+        "int i = vectors;",
+    ),
+    ("ids lost between the passes", _PROLOGUE, "glm_prologue_c1", "if (share > 32 * batch)", "if (share > 64 * batch)"),
+    ("a counter of GEMM2 left as it was", _PROLOGUE, "glm_prologue_c8", "zeros = 2049", "zeros = 2048"),
 ]
 
 
 def _options(kernel: str, seed: int) -> dict[str, int]:
     """Of a run. GEMM2 by bands in every other: with a short one at the end, or also with some that have no valid pair. Split
     GEMM1 in every other with so many blocks that tiles are halved."""
+    if "prologue" in kernel:
+        banded = {0: {"tokens": 16, "top_k": 512, "band": 2}, 1: {"tokens": 6, "top_k": 512, "experts": 300, "band": 2}}
+        single = {2: {"tokens": 5, "top_k": 8, "hidden": 5632}, 3: {"tokens": 40, "top_k": 50, "elsewhere": 60}}
+        return {"wide": seed // 2 % 2, "experts": 20, "resident": 2, **(banded | single)[seed % 4]}
     if "_stationary_" in kernel:  # bands of 640 tokens: two of them, or K of several stages, or many rows of few experts
         shared = {"experts": 3, "grid": 2}
         return {**shared, **({"tokens": 660}, {"tokens": 60, "width": 768, "top_k": 8}, {"tokens": 130, "skew": 1})[seed % 3]}
@@ -318,13 +405,21 @@ def _options(kernel: str, seed: int) -> dict[str, int]:
 def test_planted_fault_is_found(
     changed_kernel: Callable[..., Path], name: str, file: str, kernel: str, text: str, other: str
 ) -> None:
-    only = _STATIONARY if "_stationary_" in kernel else _GEMM1 if kernel.endswith(("_c1", "_c2")) else file
+    only = (
+        _PROLOGUE
+        if "_prologue_" in kernel
+        else _STATIONARY
+        if "_stationary_" in kernel
+        else _GEMM1
+        if kernel.endswith(("_c1", "_c2"))
+        else file
+    )
     program = changed_kernel(file, text, other, only)
     outcomes = (run_check(program, kernel, seed=seed, timing=2 - seed % 2, **_options(kernel, seed)) for seed in range(1, 13))
     assert any(done.returncode for done in outcomes), f"{name}: not found by 12 runs"
 
 
-@pytest.mark.parametrize("file", [_GEMM1, _SPLIT, _GEMM2, _DECODE1, _DECODE2, _STATIONARY])
+@pytest.mark.parametrize("file", [_GEMM1, _SPLIT, _GEMM2, _DECODE1, _DECODE2, _STATIONARY, _PROLOGUE])
 def test_unchanged_kernels_pass_the_same_runs(changed_kernel: Callable[..., Path], file: str) -> None:
     kernels = {kernel for _, of_fault, kernel, _, _ in _FAULTS if of_fault == file}
     program = changed_kernel(file, "namespace glm_hopper", "namespace glm_hopper", file)

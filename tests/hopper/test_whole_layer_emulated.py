@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from emulated import KERNELS, NATIVE, ROOT
-
-HOST = KERNELS / "host"
+from emulated import ROOT
 
 _CASES = [
-    # tokens, intermediate size, experts of this rank and in all, kernels, routing; tokens of a band, top_k
+    # tokens, intermediate size, experts of this rank and in all, kernels, routing; tokens of a band, top_k, prologue
     (40, 192, 4, 4, "glm_gemm1_row_c1", "glm_gemm2_sum_n128", "spread"),
     (136, 192, 9, 9, "glm_gemm1_row_c1", "glm_gemm2_sum_n128", "bad", 128, 8),
     (70, 192, 3, 3, "glm_gemm1_row_split", "glm_gemm2_sum_n128", "bad"),
@@ -36,22 +34,10 @@ _CASES = [
     (33, 384, 3, 6, "glm_gemm1_columns_c1", "glm_gemm2_stationary_t640", "spread"),
     (40, 192, 4, 4, "triton", "glm_gemm2_stationary_t640", "collapsed"),
     (40, 192, 4, 4, "glm_gemm1_row_c1", "glm_gemm2_stationary_t640_c2", "skewed"),
+    (20, 192, 4, 4, "glm_gemm1_decode_t8", "glm_gemm2_decode_t16", "bad", 0, 2, "native"),
+    (136, 192, 8, 16, "glm_gemm1_row_c1", "glm_gemm2_sum_n128", "spread", 128, 8, "native"),
+    (530, 192, 9, 18, "triton", "glm_gemm2_stationary_t512", "spread", 512, 2, "native"),
 ]
-
-
-@pytest.fixture(scope="module")
-def libraries(emulator_object: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """(libglm_hopper.so, the emulated driver)."""
-    if not HOST.is_dir():
-        pytest.skip("csrc/hopper/host is not in this tree")
-    folder = tmp_path_factory.mktemp("emulated-layer")
-    flags = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-Wno-psabi", "-Wno-unknown-pragmas"]
-    launcher, driver = folder / "libglm_hopper.so", folder / "libcuda_emulated.so"
-    subprocess.run([*flags, *map(str, sorted(HOST.glob("*.cpp"))), "-o", str(launcher), "-lpthread"], check=True, timeout=300)
-    sources = [str(NATIVE / "emulated_driver.cpp"), str(NATIVE / "emulate.cpp")]
-    paths = [f"-I{KERNELS}", f"-I{NATIVE}", "-DGLM_HOPPER_EMULATE"]
-    subprocess.run([*flags, *paths, *sources, "-o", str(driver)], check=True, timeout=300)
-    return launcher, driver
 
 
 def run_all(launcher: str, driver: str) -> None:
@@ -67,23 +53,23 @@ def run_all(launcher: str, driver: str) -> None:
     for source in native.sources:
         native.load(0, source, b"")
     for number, (tokens, width, experts, global_experts, gemm1, gemm2, routing, *more) in enumerate(_CASES):
-        band, top_k = more or (0, 2)
+        band, top_k, prologue = (*more, *(0, 2, "triton")[len(more) :])
         problem = Problem(tokens, 512, width, experts, global_experts, top_k)
         inputs = make_inputs(problem, 11, routing)  # type: ignore[arg-type]
-        config = HopperConfig(gemm1, gemm2, slice=256, slots=2, band=band)
+        config = HopperConfig(gemm1, gemm2, slice=256, slots=2, band=band, prologue=prologue)
         report = check_layer(native, inputs, config, multiprocessors=2, stream=lambda: 0)
         print(json.dumps({"case": number, "wrong": report.wrong, "lines": report.lines}), flush=True)
 
 
 @pytest.fixture(scope="module")
-def results(libraries: tuple[Path, Path]) -> tuple[dict[int, dict[str, Any]], str]:
+def results(emulated_libraries: tuple[Path, Path]) -> tuple[dict[int, dict[str, Any]], str]:
     """(result of each case that came to an end, what the process printed otherwise)."""
     pytest.importorskip("torch")
     pytest.importorskip("triton")
     code = "import sys; from test_whole_layer_emulated import run_all; run_all(*sys.argv[1:])"
     path = os.pathsep.join((str(ROOT), str(ROOT / "tests/hopper")))
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-c", code, *map(str, libraries)]
+    words = [sys.executable, "-c", code, *map(str, emulated_libraries)]
     done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300, check=False)
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     return {result["case"]: result for result in found}, f"exit status {done.returncode}: {done.stderr[-3000:]}"

@@ -290,3 +290,13 @@ def test_each_table_says_that_its_entries_freeze_what_they_were_made_from(tmp_pa
     tables.write(path, {**table(H100, {64: marked(3)}), "note": "an older release's words"})
     assert next(iter(json.loads(path.read_text()).items())) == ("note", tables.NOTE)
     assert tables.read(path)["shapes"] == table(H100, {64: marked(3)})["shapes"]
+
+
+def test_a_table_may_ask_for_the_native_prologue_and_for_no_other(tmp_path: Path) -> None:
+    from vllm_glm_patch.moe.hopper import backend as native
+
+    entry = {"backend": "hopper", "gemm1": "glm_gemm1_decode_t8", "gemm2": "glm_gemm2_decode_t8", "prologue": "native"}
+    user(tmp_path, table(H100, {64: entry}))
+    assert native.choose(TP8.with_tokens(64), H100).prologue == "native"
+    with pytest.raises(ValueError, match=r"64 tokens: prologue 'cuda' is none; there are triton, native, "):
+        tables.check(table(H100, {64: {**entry, "prologue": "cuda"}}))

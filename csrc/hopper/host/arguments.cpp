@@ -102,6 +102,29 @@ Arguments::Arguments(Family family, const GlmHopperLayer& layer, const TensorMap
       add(layer.experts);
       add(layer.top_k);
       break;
+    case Family::prologue:
+      add(layer.hidden);
+      add(layer.tokens);
+      add(layer.token_scales);
+      add(layer.topk_ids);
+      add(layer.expert_map);
+      add(layer.local_ids);
+      add(layer.rows);
+      add(layer.histogram);
+      add(layer.tiles);
+      add(layer.counts);
+      add(layer.band_tiles);
+      add(layer.tokens_count);
+      add(layer.hidden_size);
+      add(layer.experts);
+      add(layer.global_experts);
+      add(layer.top_k);
+      add(layer.max_tiles);
+      add(layer.tile_rows_1);
+      add(layer.tile_rows_2);
+      add(layer.band);
+      add(layer.wide_ids);
+      break;
   }
 }
 

@@ -30,6 +30,18 @@ class Reason {
 
 const std::string kUseTriton = "; the Triton kernels serve this shape";
 
+void check_prologue(const GlmHopperLayer& layer, Reason& reason) {
+  reason.unless(layer.experts <= prologue_experts,
+                "there must be " + std::to_string(prologue_experts) + " experts or fewer; Triton's prologue serves more");
+  reason.unless(layer.global_experts >= layer.experts && (layer.expert_map || layer.global_experts == layer.experts),
+                "global_experts is " + std::to_string(layer.global_experts) +
+                    "; it must be experts, or with an expert_map the map's length, and no fewer");
+  reason.unless(layer.tile_rows_1 > 0 && layer.tile_rows_2 > 0, "tile_rows_1 and tile_rows_2 must be positive");
+  reason.unless(!has_bands(layer) || int64_t(layer.band) * layer.top_k % routing_chunk == 0,
+                "band " + std::to_string(layer.band) + " must be a whole number of chunks of " + std::to_string(routing_chunk) +
+                    " pairs, or 0 for one band of all");
+}
+
 void check_sizes(const Kernel& kernel, const GlmHopperLayer& layer, Reason& reason) {
   reason.unless(layer.tokens_count > 0 && layer.hidden_size > 0 && layer.intermediate_size > 0 && layer.experts > 0 &&
                     layer.top_k > 0,
@@ -49,6 +61,7 @@ void check_sizes(const Kernel& kernel, const GlmHopperLayer& layer, Reason& reas
                                    : "there are more tokens than the " + own + " of a band, and routing lists but one; choose "
                                          "glm_gemm2_sum_*");
   }
+  if (kernel.family == Family::prologue) check_prologue(layer, reason);
   if (kernel.family != Family::gemm2) return;
   const std::string slice = "slice " + std::to_string(layer.slice);
   reason.unless(layer.slice > 0 && layer.slice % kernel.tile_columns == 0 && layer.hidden_size % layer.slice == 0,
@@ -74,7 +87,7 @@ void check_weights(const char* name, const void* weights, int64_t stride, int64_
 void check_pointers(const Kernel& kernel, const GlmHopperLayer& layer, Reason& reason) {
   const int64_t w2_bytes = int64_t(layer.hidden_size) * layer.intermediate_size;
   const bool first = kernel.family == Family::gemm1 || kernel.family == Family::gemm1_decode;
-  const bool stationary = kernel.family == Family::gemm2_stationary;
+  const bool stationary = kernel.family == Family::gemm2_stationary, prologue = kernel.family == Family::prologue;
   const bool second = kernel.family == Family::gemm2 || kernel.family == Family::gemm2_decode || stationary;
   if (first) {
     check_weights("w13", layer.w13, layer.w13_stride, 2 * w2_bytes, reason);
@@ -99,14 +112,24 @@ void check_pointers(const Kernel& kernel, const GlmHopperLayer& layer, Reason& r
     if (has_bands(layer)) reason.pointer("band_tiles", layer.band_tiles, 4);
   }
   if (kernel.family == Family::gemm2_decode) reason.pointer("act", layer.act, 16);
-  if (first || second) {
+  if (prologue) {
+    reason.pointer("hidden", layer.hidden, 16);
+    reason.pointer("tokens", layer.tokens, 16);
+    reason.pointer("token_scales", layer.token_scales, 4);
+    reason.pointer("topk_ids", layer.topk_ids, layer.wide_ids ? 8 : 4);
+    reason.unless(reinterpret_cast<uintptr_t>(layer.expert_map) % 4 == 0, "expert_map must lie at a multiple of 4 bytes");
+    reason.pointer("local_ids", layer.local_ids, 4);
+    reason.pointer("histogram", layer.histogram, 4);
+    if (has_bands(layer)) reason.pointer("band_tiles", layer.band_tiles, 4);
+  }
+  if (first || second || prologue) {
     reason.pointer("rows", layer.rows, 4);
     reason.pointer("tiles", layer.tiles, 4);
     reason.pointer("counts", layer.counts, 4);
   }
-  if (!first && !stationary) reason.pointer("partial", layer.partial, 16);
+  if (!first && !stationary && !prologue) reason.pointer("partial", layer.partial, 16);
   if (kernel.family == Family::gemm2 || kernel.family == Family::sum) reason.pointer("local_ids", layer.local_ids, 4);
-  if (!first && kernel.family != Family::gemm2_decode) reason.pointer("out", layer.out, 16);
+  if (!first && !prologue && kernel.family != Family::gemm2_decode) reason.pointer("out", layer.out, 16);
 }
 
 }  // namespace

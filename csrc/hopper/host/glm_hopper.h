@@ -39,6 +39,10 @@ struct GlmHopperLayer {
   const int32_t* tiles;
   int32_t* counts;
   const int32_t* band_tiles;    // null where there is one band
+  const void* hidden;           // [tokens, hidden_size] bf16: from here on for glm_prologue_* only, which writes `tokens`,
+  const void* topk_ids;         // `token_scales` and the arrays of routing.py. [pairs] int32, or int64 where wide_ids is not 0
+  const int32_t* expert_map;    // [global_experts] local expert or what is none; null: every expert is here
+  int32_t* histogram;           // of routing.py
   int64_t w13_stride;           // bytes
   int64_t w2_stride;            // bytes
   int32_t tokens_count;
@@ -53,6 +57,10 @@ struct GlmHopperLayer {
   int32_t multiprocessors;      // most that a persistent grid may take; 0: all of the device's
   int32_t weight_promotion;     // bytes that L2 fetches at once for the weights' maps: 256, else 128
   int32_t programmatic;         // 1: a kernel that allows it may start while the one before it ends
+  int32_t global_experts;       // for glm_prologue_* only, from here on
+  int32_t tile_rows_1;          // of GEMM1's tiles
+  int32_t tile_rows_2;          // of GEMM2's
+  int32_t wide_ids;
 };
 
 struct GlmHopperCacheStats {

@@ -234,8 +234,11 @@ int Launcher::prepare(const DeviceState& state, int number, const GlmHopperLayer
   int most = state.multiprocessors;
   if (layer.multiprocessors > 0) most = std::min(most, layer.multiprocessors);
   const int64_t vectors = int64_t(layer.tokens_count) * layer.hidden_size / 8;
-  out->grid = kernel.grid == Grid::persistent ? unsigned(std::max(most / kernel.cluster, 1) * kernel.cluster)
-                                              : unsigned((vectors + kernel.block - 1) / kernel.block);
+  switch (kernel.grid) {
+    case Grid::persistent: out->grid = unsigned(std::max(most / kernel.cluster, 1) * kernel.cluster); break;
+    case Grid::per_vector: out->grid = unsigned((vectors + kernel.block - 1) / kernel.block); break;
+    case Grid::prologue: out->grid = prologue_blocks(kernel.cluster, layer.tokens_count); break;
+  }
   for (int i = 0; i < 2; ++i) {
     if (kernel.maps[i] == Map::none) continue;
     std::string error;

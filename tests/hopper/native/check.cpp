@@ -26,6 +26,7 @@
 #define TOPK_SUM 5
 #define GEMM2_STATIONARY 9
 #define GEMM1_SPLIT 6
+#define PROLOGUE 7
 #if CHECK_FILE(GEMM1_PREFILL)
 #include "gemm1_prefill.cu"
 #endif
@@ -47,6 +48,9 @@
 #if CHECK_FILE(TOPK_SUM)
 #include "topk_sum.cu"
 #endif
+#if CHECK_FILE(PROLOGUE)
+#include "prologue.cu"
+#endif
 
 namespace {
 
@@ -60,7 +64,7 @@ struct Options {
     std::map<std::string, int> values = {
         {"tokens", 40}, {"hidden", 256},  {"width", 192}, {"experts", 3}, {"top_k", 2},  {"grid", 3}, {"seed", 1},
         {"slice", 256}, {"slots", 2},     {"resident", 0}, {"timing", 2}, {"skew", 0},   {"invalid", 10},
-        {"band", 0},  {"silent", 0},  {"schedule", 0},
+        {"band", 0},  {"silent", 0},      {"schedule", 0}, {"elsewhere", 0}, {"wide", 0}, {"rows1", 8}, {"rows2", 16},
     };
     int operator[](const char* key) const { return values.at(key); }
 };
@@ -159,10 +163,12 @@ struct Problem {
         l.block = kernel.block;
         l.cluster = kernel.cluster;
         l.grid = kernel.grid == Grid::persistent ? std::max(o["grid"] / kernel.cluster, 1) * kernel.cluster
+                 : kernel.grid == Grid::prologue ? static_cast<int>(prologue_blocks(kernel.cluster, tokens))
                                                  : (tokens * hidden / 8 + kernel.block - 1) / kernel.block;
         l.shared_bytes = shared_bytes(kernel, width);
         if (o["resident"]) l.resident = o["resident"];
         l.seed = o["schedule"] ? o["schedule"] : o["seed"];
+        l.uneven = kernel.family == Family::prologue;
         l.copies = l.products = static_cast<emulate::Timing>(o["timing"]);
         return l;
     }
@@ -478,6 +484,136 @@ bool check_sum(Problem& p) {
     return report.done();
 }
 
+// Compares integers, those that nobody must have written with the poison too.
+void expect(Report& report, const int* got, const std::vector<int>& want) {
+    for (size_t i = 0; i < want.size(); ++i) report.compare(got[i], want[i], 0, static_cast<long>(i), 0);
+}
+
+// `elsewhere`: experts of other ranks, in a map that names this rank's in a random order, some twice and some wrongly.
+bool check_prologue(Problem& p) {
+    const int experts = p.experts, elsewhere = p.o["elsewhere"], global = experts + elsewhere, wide = p.o["wide"];
+    const int rows1 = p.o["rows1"], rows2 = p.o["rows2"], chunk = 1024, chunks = (p.pairs + chunk - 1) / chunk;
+    int bins = 16;
+    while (bins < experts + 1) bins *= 2;
+    const int most = p.pairs / std::min(rows1, rows2) + std::min(experts * p.bands, p.pairs);
+    Buffer<u16> hidden(static_cast<size_t>(p.tokens) * p.hidden);
+    Buffer<u8> tokens(hidden.count);
+    Buffer<float> scales(p.tokens);
+    Buffer<int> map(elsewhere ? global : 0), ids(wide ? 2 * p.pairs : p.pairs), local(p.pairs), rows(p.pairs);
+    Buffer<int> histogram(static_cast<size_t>(chunks + 1) * bins), tiles(6 * static_cast<size_t>(most)), counts(4 + 2048);
+    Buffer<int> bands(p.bands > 1 ? p.bands : 0);
+    // Rows of every size; of nothing but zeros, infinite, NaN, on ties, tiny.
+    for (int token = 0; token < p.tokens; ++token) {
+        const float size = std::exp(3.0f * p.normal());
+        for (int column = 0; column < p.hidden; ++column) {
+            float value = p.normal() * size;
+            if (token % 16 == 3) value = column % 3 ? 0.0f : -0.0f;
+            if (token % 16 == 5 && column % 64 == 9) value = column % 128 < 64 ? INFINITY : -INFINITY;
+            if (token % 16 == 7 && column % 32 == 5) value = NAN;
+            if (token % 16 == 9) value = 448.0f * (column % 2 ? 1 : -1) / static_cast<float>(1 << (column % 23)) * 1.0625f;
+            if (token % 16 == 11) value *= 1e-38f;
+            if (token % 16 == 13) value = NAN;
+            hidden[static_cast<size_t>(token) * p.hidden + column] = std::isnan(value) ? 0x7fc0 : bf16_bits(value);
+        }
+    }
+    for (size_t i = 0; i < map.count; ++i) map[i] = static_cast<int>(p.random() % 8) == 0 ? static_cast<int>(p.random()) : -1;
+    for (int expert = 0; expert < experts && elsewhere; ++expert) map[p.random() % global] = expert;
+    const i64 bad[] = {-1, -2, INT32_MIN, INT32_MAX, global, global + 1, 1 << 24, -123456789};
+    const i64 worse[] = {INT64_MIN, INT64_MAX, 1ll << 32, (1ll << 32) + 1, -(1ll << 32)};
+    std::vector<int> want(p.pairs);
+    for (int pair = 0; pair < p.pairs; ++pair) {
+        // The Problem's own routing, by another name where there is a map: skew, bands without a valid pair and all.
+        i64 id = p.local_ids[pair];
+        if (elsewhere && id < experts) id = static_cast<i64>(p.random() % global);
+        if (p.local_ids[pair] == experts) id = wide && p.random() % 2 ? worse[p.random() % 5] : bad[p.random() % 8];
+        if (wide) {
+            std::memcpy(&ids[2 * pair], &id, 8);
+        } else {
+            ids[pair] = static_cast<int>(id);
+        }
+        const int here = id < 0 || id >= global ? -1 : elsewhere ? map[id] : static_cast<int>(id);
+        want[pair] = here < 0 || here >= experts ? experts : here;
+    }
+#if CHECK_FILE(PROLOGUE)
+    const std::string name = p.kernel.name;
+    emulate::run(p.launch(), [&] {
+        return (name == "glm_prologue_c1" ? glm_prologue_c1 : glm_prologue_c8)(
+            hidden.data, tokens.data, scales.data, ids.data, elsewhere ? map.data : nullptr, local.data, rows.data, histogram.data,
+            tiles.data, counts.data, bands.data, p.tokens, p.hidden, experts, global, p.top_k, most, rows1, rows2, p.o["band"], wide);
+    });
+#endif
+    Report ids_report{"local_ids"}, rows_report{"rows"}, tiles_report{"tiles"}, counts_report{"counts"}, bands_report{"band_tiles"};
+    Report histogram_report{"histogram"}, tokens_report{"tokens"}, scales_report{"scales"};
+    std::vector<int> grouped, starts(bins, 0), lists(tiles.count, -1), scanned(histogram.count, -1), firsts(bands.count);
+    for (int expert = 0; expert < bins; ++expert) {
+        starts[expert] = static_cast<int>(grouped.size());
+        for (int pair = 0; pair < p.pairs && expert < experts; ++pair) {
+            if (want[pair] == expert) grouped.push_back(pair);
+        }
+    }
+    const int valid = static_cast<int>(grouped.size());
+    auto list = [&](int which, int tile_rows, int first_token, int last_token, int tile) {
+        for (int row = 0; row < valid;) {
+            auto same = [&](int other) {
+                const int token = grouped[other] / p.top_k;
+                return other < valid && want[grouped[other]] == want[grouped[row]] && token >= first_token && token < last_token;
+            };
+            int end = row;
+            while (end < valid && end - row < tile_rows && same(end)) ++end;
+            if (end == row) {
+                ++row;
+                continue;
+            }
+            lists[static_cast<size_t>(3 * which) * most + tile] = want[grouped[row]];
+            lists[static_cast<size_t>(3 * which + 1) * most + tile] = row;
+            lists[static_cast<size_t>(3 * which + 2) * most + tile++] = end - row;
+            row = end;
+        }
+        return tile;
+    };
+    std::vector<int> numbers(counts.count, 0);
+    numbers[0] = valid;
+    numbers[1] = list(0, rows1, 0, p.tokens, 0);
+    for (int band = 0; band < p.bands; ++band) {
+        if (p.bands > 1) firsts[band] = numbers[2];
+        numbers[2] = list(1, rows2, band * p.band, (band + 1) * p.band, numbers[2]);
+    }
+    for (int pair = 0; p.pairs > chunk && pair < p.pairs; ++pair) {
+        for (int bin = 0; bin < bins && pair % chunk == 0; ++bin) {
+            int& before = scanned[static_cast<size_t>(pair / chunk) * bins + bin];
+            before = static_cast<int>(std::count(want.begin(), want.begin() + pair, bin));
+        }
+    }
+    for (int bin = 0; bin < bins && p.pairs > chunk; ++bin) scanned[static_cast<size_t>(chunks) * bins + bin] = starts[bin];
+    expect(ids_report, local.data, want);
+    grouped.resize(p.pairs, -1);
+    expect(rows_report, rows.data, grouped);
+    expect(tiles_report, tiles.data, lists);
+    expect(counts_report, counts.data, numbers);
+    expect(bands_report, bands.data, firsts);
+    bands_report.compare(0, 0, 0, 0, 0);
+    expect(histogram_report, histogram.data, scanned);
+    for (int token = 0; token < p.tokens; ++token) {
+        const u16* row = &hidden[static_cast<size_t>(token) * p.hidden];
+        float largest = 0;
+        for (int column = 0; column < p.hidden; ++column) {
+            const float size = std::fabs(bf16_value(row[column]));
+            if (size > largest) largest = size;  // not where it is NaN
+        }
+        const float scale = std::max(largest / 448.0f, 1.0f / (448.0f * 512.0f));
+        scales_report.compare(std::memcmp(&scales[token], &scale, 4), 0, 0, token, 0);
+        for (int column = 0; column < p.hidden; ++column) {
+            const float value = bf16_value(row[column]);
+            // NaN and what an infinite scale makes of a number come out as −448; the remainder turns −0 into 0.
+            u8 code = 0xfe;
+            if (!std::isnan(value) && !std::isinf(scale)) code = value == 0 ? 0 : fp8_code(value / scale);
+            tokens_report.compare(tokens[static_cast<size_t>(token) * p.hidden + column], code, 0, token, column);
+        }
+    }
+    return ids_report.done() & rows_report.done() & tiles_report.done() & counts_report.done() & bands_report.done() &
+           histogram_report.done() & tokens_report.done() & scales_report.done();
+}
+
 }  // namespace
 
 int main(int count, char** words) {
@@ -503,6 +639,7 @@ int main(int count, char** words) {
         case Family::gemm2_stationary: return !check_gemm2_stationary(problem);
         case Family::gemm2_decode: return !check_gemm2_decode(problem);
         case Family::sum: return !check_sum(problem);
+        case Family::prologue: return !check_prologue(problem);
     }
     return 1;
 }

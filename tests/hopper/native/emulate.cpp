@@ -63,6 +63,7 @@ struct Fibre {
     std::map<float*, std::vector<float>> held;      // true values of accumulators under way
     size_t products = 0;                            // wgmmas issued so far
     u64 fence_time = 0;
+    i64 arrived = -1;  // generation of the cluster's barrier at which it has arrived and not yet waited
     int registers = 0;
 };
 
@@ -147,6 +148,7 @@ void fibre_main() {
     Fibre* self = current;
     if (!self->groups.empty() || !self->open.empty()) fail("wgmma still under way at the end of the thread");
     if (!self->chunks.empty()) fail("cp.async that no barrier waits for at the end of the thread");
+    if (self->arrived >= 0) fail("an arrival at the cluster's barrier that is not waited for at the end of the thread");
     self->finished = true;
     switch_to_scheduler();
 }
@@ -463,6 +465,8 @@ void run(const Launch& launch, const std::function<void()>& kernel) {
     if (launch.grid % launch.cluster) fail("grid %d is no multiple of cluster %d", launch.grid, launch.cluster);
     const int clusters = launch.grid / launch.cluster;
     int started = 0, finished = 0, sweep = 0, slow_warp = 0;
+    // Not with a slow warp in every block, too, or the others would not get ahead of it.
+    const int slow_block = launch.uneven && chance(50) ? static_cast<int>(here.random() % std::min(launch.grid, 8)) : -1;
     here.clusters.resize(clusters);
     while (finished < clusters) {
         while (started < clusters && started - finished < launch.resident) {
@@ -487,7 +491,8 @@ void run(const Launch& launch, const std::function<void()>& kernel) {
         for (size_t i = 0; i < order.size(); ++i) {
             Fibre& fibre = *order[((backwards ? order.size() - 1 - i : i) + offset) % order.size()];
             if (fibre.ready && !fibre.ready()) continue;
-            if (chance(fibre.thread / 32 == slow_warp ? 97 : 5)) continue;
+            if (fibre.block->index == slow_block && chance(97)) continue;
+            if (chance(slow_block < 0 && fibre.thread / 32 == slow_warp ? 97 : 5)) continue;
             here.progress = true;
             resume(fibre);
             if (launch.copies == Timing::random && !here.flying.empty() && chance(10)) land_one();
@@ -626,15 +631,33 @@ float shuffle_xor(float value, int mask) {
     return bits_to_float(shuffle_xor(word, mask));
 }
 int shuffle(int value, int lane) { return static_cast<int>(exchange(static_cast<u32>(value), lane)); }
-u32 ballot(bool bit) {
-    u32 bits = u32{bit} << (current->thread % 32);
-    for (int mask = 1; mask < 32; mask *= 2) bits |= shuffle_xor(bits, mask);
+int shuffle_up(int value, int lanes) {
+    if (lanes < 0 || lanes > 31) fail("shuffle_up by %d lanes", lanes);
+    const int lane = current->thread % 32;
+    return static_cast<int>(exchange(static_cast<u32>(value), lane < lanes ? lane : lane - lanes));
+}
+u32 ballot(bool value) {
+    const Warp& warp = current->block->warps[current->thread / 32];
+    const u64 turn = warp.meet.generation % 2;
+    exchange(value, 0);  // afterwards all 32 votes lie there until the exchange after the next
+    u32 bits = 0;
+    for (int lane = 0; lane < 32; ++lane) bits |= warp.value[turn][lane] << lane;
     return bits;
 }
 void warp_sync() { meet(current->block->warps[current->thread / 32].meet, 32, "the warp"); }
 
 u32 shared_base() { return shared_start; }
 int load_shared_int(u32 address) { return load_shared<int>(address); }
+int load_shared_int_of(u32 address, int rank) {
+    auto& blocks = current->block->cluster->blocks;
+    if (rank < 0 || rank >= static_cast<int>(blocks.size())) fail("a load from block %d of the cluster", rank);
+    if (address % 4) fail("load of 4 bytes at shared address %u", address);
+    Block& other = *blocks[rank];
+    if (other.running == 0) fail("a load from shared memory of block %d, which has ended", other.index);
+    int value;
+    std::memcpy(&value, shared_at(other, address, 4), 4);
+    return value;
+}
 float load_shared_float(u32 address) { return load_shared<float>(address); }
 // Now and then others go on before the value is used: what is added to and stored back may have changed meanwhile.
 Float4 load_shared_floats(u32 address) {
@@ -660,6 +683,8 @@ static void store_global(void* pointer, T value) {
     *static_cast<T*>(pointer) = value;
 }
 Vector4 load_fresh_16(const void* pointer) { return load_global<Vector4>(pointer); }
+int load_fresh_int(const int* pointer) { return load_global<int>(pointer); }
+Vector4 load_once_16(const void* pointer) { return load_global<Vector4>(pointer); }
 Vector4 load_16(const void* pointer) { return load_global<Vector4>(pointer); }
 void touch(const float* pointer) { load_global<float>(pointer); }
 // Only that it lies in the tensor: AddressSanitizer sees it.
@@ -736,7 +761,27 @@ void named_barrier(int id, int threads) {
     meet(current->block->named[id], threads, "named barrier " + std::to_string(id));
 }
 void block_barrier() { meet(current->block->all, world->launch.block, "the block"); }
-void cluster_barrier() { meet(current->block->cluster->all, world->launch.block * world->launch.cluster, "the cluster"); }
+void cluster_arrive() {
+    Rendezvous& meeting = current->block->cluster->all;
+    if (current->arrived >= 0) fail("a second arrival at the cluster's barrier without a wait");
+    current->arrived = static_cast<i64>(meeting.generation);
+    if (++meeting.arrived == world->launch.block * world->launch.cluster) {
+        meeting.arrived = 0;
+        ++meeting.generation;
+        world->progress = true;
+    }
+}
+void cluster_wait() {
+    const Rendezvous& meeting = current->block->cluster->all;
+    if (current->arrived < 0) fail("a wait at the cluster's barrier without an arrival");
+    const u64 generation = static_cast<u64>(current->arrived);
+    wait_until([&meeting, generation] { return meeting.generation != generation; }, "the cluster");
+    current->arrived = -1;
+}
+void cluster_barrier() {
+    cluster_arrive();
+    cluster_wait();
+}
 
 void ask_for_box(const TensorMap& map, int c0, int c1, int c2) {
     const MapFields& m = *reinterpret_cast<const MapFields*>(map.opaque[0]);

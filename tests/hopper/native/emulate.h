@@ -15,6 +15,8 @@
 #define GLM_HD constexpr
 #define GLM_KERNEL(threads) extern "C" void
 #define GLM_CLUSTER_KERNEL(threads, cluster) extern "C" void
+#define GLM_SHARING_KERNEL(threads, blocks) extern "C" void
+#define GLM_SHARING_CLUSTER_KERNEL(threads, cluster, blocks) extern "C" void
 #define GLM_MAP const TensorMap
 
 namespace emulate {
@@ -37,6 +39,7 @@ struct Launch {
     int resident = 1 << 30;  // clusters that may run at once; the others start as earlier ones end
     unsigned seed = 0;
     Timing copies = Timing::random, products = Timing::random;
+    bool uneven = false;  // in every other run one of the first 8 blocks is far slower than the others
 };
 // Runs kernel() in every thread of every block. Ends the process with a message on any error.
 void run(const Launch& launch, const std::function<void()>& kernel);
@@ -65,12 +68,14 @@ int warp_uniform(int value);
 u32 shuffle_xor(u32 value, int mask);
 float shuffle_xor(float value, int mask);
 int shuffle(int value, int lane);
-void warp_sync();
-u32 ballot(bool bit);
+int shuffle_up(int value, int lanes);
+u32 ballot(bool value);
 inline int count_bits(u32 bits) { return __builtin_popcount(bits); }
+void warp_sync();
 
 u32 shared_base();
 int load_shared_int(u32 address);
+int load_shared_int_of(u32 address, int rank);
 float load_shared_float(u32 address);
 Vector4 load_shared_16(u32 address);
 Float4 load_shared_floats(u32 address);
@@ -81,6 +86,8 @@ void store_shared_8(u32 address, Vector2 value);
 void store_shared_floats(u32 address, Float4 value);
 
 Vector4 load_fresh_16(const void* pointer);
+int load_fresh_int(const int* pointer);
+Vector4 load_once_16(const void* pointer);
 Vector4 load_16(const void* pointer);
 void touch(const float* pointer);
 inline void not_before(const float*&) {}
@@ -129,6 +136,8 @@ void barrier_wait(u32 barrier, u32 parity);
 void named_barrier(int id, int threads);
 void block_barrier();
 void cluster_barrier();
+void cluster_arrive();
+void cluster_wait();
 
 // tma.cuh
 inline void prefetch_map(const TensorMap&) {}

@@ -10,6 +10,7 @@
 #include "gemm2_decode.cu"
 #include "gemm2_prefill.cu"
 #include "gemm2_stationary.cu"
+#include "prologue.cu"
 #include "topk_sum.cu"
 
 #include "host/driver.h"
@@ -61,6 +62,8 @@ void enter(const std::string& name, void** values) {
     ENTRY(glm_gemm2_decode_t32);
     ENTRY(glm_gemm2_decode_t64);
     ENTRY(glm_topk_sum);
+    ENTRY(glm_prologue_c1);
+    ENTRY(glm_prologue_c8);
 #undef ENTRY
     emulate::fail("no kernel %s", name.c_str());
 }

@@ -1,7 +1,8 @@
 """One pass of the fused MoE layer by the native kernels: which problems they serve, in which configuration, and the launches.
 
 Tokens are quantised and grouped by expert by the Triton prologue (routing.py), which both backends share, into the same
-workspace (workspace.py). One C call launches the rest:
+workspace (workspace.py), or by a native one, which writes the same bits there (HopperConfig.prologue). One C call launches
+the rest:
 
     many tokens, intermediate_size 192   gemm1_row · gemm2_sum
     many tokens, wider                   gemm1_columns · (Triton) requantise · gemm2_sum
@@ -21,7 +22,7 @@ from typing import Any, Literal
 
 import torch
 
-from .. import tables
+from .. import routing, tables
 from ..dispatch import Card, Config, Gemm1, Gemm2
 from ..pipeline import Pass, Tensors
 from ..problem import Problem
@@ -38,8 +39,10 @@ ROW_WIDTH = 192  # intermediate_size of glm_gemm1_row_*, which holds whole rows
 NARROW_TOKENS = 2048  # up to which GEMM2 with the sum takes slices of 128 columns
 SUM_TOKENS = 32  # of one sum item of glm_gemm2_sum_*
 DECODE_WIDTH = 1536  # the widest rows that glm_gemm2_decode_* holds
-TRITON = "triton"  # as HopperConfig.gemm1
+TRITON = "triton"  # as HopperConfig.gemm1 and .prologue
 MANY = (Family.GEMM2, Family.GEMM2_STATIONARY)  # GEMM2 with the sum, for many tokens
+PROLOGUES = (TRITON, "native", "native_c1", "native_c8")
+PROLOGUE_EXPERTS = 511  # the most that glm_prologue_* counts; abi.h's prologue_experts
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,12 @@ class HopperConfig:
     0, or no less than the tokens there are, means all of them; `slots`: phases in flight; the three for
     glm_gemm2_sum_* only: glm_gemm2_stationary_* has no use for the first two, and its band, if given, is its own.
     `programmatic`: a kernel that knows how may start while the one before it ends, be that one of the prologue.
-    `weight_promotion`: bytes that L2 fetches at once for weights, 128 or 256.
+    `weight_promotion`: bytes that L2 fetches at once for weights, 128 or 256. `prologue`: "triton" or "native", whose routing
+    is done by one block or a cluster as the pairs are few or many; "native_c1" and "native_c8" take either for any number.
+    Triton's serves anyway where there are more than PROLOGUE_EXPERTS experts.
 
     Raises:
-        ValueError: band is negative or not a multiple of 32.
+        ValueError: band is negative or not a multiple of 32, or there is no such prologue.
     """
 
     gemm1: str
@@ -61,6 +66,7 @@ class HopperConfig:
     programmatic: bool = True
     weight_promotion: int = 128
     band: int = 0
+    prologue: str = TRITON
 
     def __post_init__(self) -> None:
         """ValueError on what no problem can be served with; what depends on top_k comes with the problem."""
@@ -69,6 +75,8 @@ class HopperConfig:
                 f"band {self.band} must be a multiple of {SUM_TOKENS} tokens, or 0 for one band of all: GEMM2's sums take"
                 f" {SUM_TOKENS} tokens at a time"
             )
+        if self.prologue not in PROLOGUES:
+            raise ValueError(f"prologue {self.prologue!r} is none; there are {', '.join(PROLOGUES)}")
 
 
 def why_not(problem: Problem, device: torch.device | str) -> str | None:
@@ -174,6 +182,15 @@ def band_of(config: HopperConfig, shared: Config) -> int:
     return {"fused": config.band, "stationary": shared.gemm2.band}.get(shared.gemm2.kind, 0)
 
 
+def prologue_of(problem: Problem, config: HopperConfig, native: Native) -> Kernel | None:
+    """The native prologue that serves a problem; None for Triton's. Above a chunk of pairs a cluster routes."""
+    if config.prologue == TRITON or problem.experts > PROLOGUE_EXPERTS:
+        return None
+    usual = "native_c1" if problem.pairs <= routing.SMALL_PAIRS else "native_c8"
+    kind = usual if config.prologue == "native" else config.prologue
+    return _kernel(native, kind.replace("native", "glm_prologue"))
+
+
 def layout_of(problem: Problem, config: HopperConfig, shared: Config) -> Layout:
     """Where each buffer lies in the workspace. shared: triton_config's.
 
@@ -229,20 +246,26 @@ class HopperPass:
         self._device = tensors.hidden.device.index or 0
         self._pass = Pass(problem, shared, tensors, workspace, multiprocessors, band=band_of(config, shared))
         self._first, self._second = native.by_name.get(config.gemm1), native.by_name[config.gemm2]  # None: Triton's
+        self._prologue = prologue_of(problem, config, native)  # None: Triton's
         self._layer = _layer(
-            problem, config, self._pass.band, offsets, tensors, workspace, self._pass.max_tiles, multiprocessors
+            problem, config, shared, self._pass.band, offsets, tensors, workspace, self._pass.max_tiles, multiprocessors
         )
 
     def run(self) -> None:
-        """Launch every step on the current stream; GEMM1, GEMM2 and the sum by one C call where nothing lies between.
+        """Launch every step on the current stream; native kernels between which nothing lies by one C call.
 
         Raises:
             HopperError: a launch is refused.
         """
-        self._pass.prologue()
         if self._first is not None and not self._requantises():
-            self._launch(self._first, self._second, *self._sums())
+            kernels = self._first, self._second, *self._sums()
+            if self._prologue is not None:
+                kernels = self._prologue, *kernels
+            else:
+                self._pass.prologue()
+            self._launch(*kernels)
             return
+        self.prologue()
         self._gemm1()
         if self._requantises():
             self._pass.requantise()
@@ -251,7 +274,7 @@ class HopperPass:
     def steps(self) -> list[tuple[str, Callable[[], None]]]:
         """(name, launch) of each step, in order; benchmarks time them one by one."""
         steps: list[tuple[str, Callable[[], None]]] = [
-            ("prologue", self._pass.prologue),
+            ("prologue", self.prologue),
             ("gemm1", self._gemm1),
         ]
         if self._requantises():
@@ -260,6 +283,13 @@ class HopperPass:
         if sums := self._sums():
             steps.append(("sum", lambda: self._launch(*sums)))
         return steps
+
+    def prologue(self) -> None:
+        """Quantise tokens and group pairs by expert."""
+        if self._prologue is None:
+            self._pass.prologue()
+        else:
+            self._launch(self._prologue)
 
     def _gemm1(self) -> None:
         if self._first is None:
@@ -314,6 +344,7 @@ def _plan(native: Native, problem: Problem, config: HopperConfig) -> tuple[Confi
 def _layer(
     problem: Problem,
     config: HopperConfig,
+    shared: Config,
     band: int,
     offsets: dict[str, tuple[int, int]],
     tensors: Tensors,
@@ -345,6 +376,10 @@ def _layer(
         tiles=within("tiles"),
         counts=within("counts"),
         band_tiles=within("band_tiles"),
+        hidden=tensors.hidden.data_ptr(),
+        topk_ids=tensors.topk_ids.data_ptr(),
+        expert_map=None if tensors.expert_map is None else tensors.expert_map.data_ptr(),
+        histogram=within("histogram"),
         w13_stride=tensors.w13.stride(0),
         w2_stride=tensors.w2.stride(0),
         tokens_count=problem.tokens,
@@ -360,4 +395,8 @@ def _layer(
         multiprocessors=multiprocessors,
         weight_promotion=config.weight_promotion,
         programmatic=config.programmatic,
+        global_experts=problem.global_experts,
+        tile_rows_1=shared.gemm1.block_m,
+        tile_rows_2=shared.gemm2.block_m,
+        wide_ids=tensors.topk_ids.dtype == torch.int64,
     )

@@ -23,6 +23,7 @@ class Family(enum.IntEnum):
     GEMM2_DECODE = 3
     SUM = 4
     GEMM2_STATIONARY = 5
+    PROLOGUE = 6
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,10 @@ class Layer(C.Structure):
                 "tiles",
                 "counts",
                 "band_tiles",
+                "hidden",
+                "topk_ids",
+                "expert_map",
+                "histogram",
             )
         ),
         ("w13_stride", C.c_int64),
@@ -104,6 +109,10 @@ class Layer(C.Structure):
                 "multiprocessors",
                 "weight_promotion",
                 "programmatic",
+                "global_experts",
+                "tile_rows_1",
+                "tile_rows_2",
+                "wide_ids",
             )
         ),
     ]
