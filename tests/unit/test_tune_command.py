@@ -25,7 +25,8 @@ def card(monkeypatch: pytest.MonkeyPatch) -> list[Problem]:
     """A card that is not there, and a tuner that finds a configuration for each problem at once; returns what it was given."""
     given: list[Problem] = []
 
-    def find(problems: Any, *, seconds: float, report: Any, seed: int, path: Path) -> Path:
+    def find(problems: Any, *, seconds: float, report: Any, seed: int, path: Path, kinds: Any) -> Path:
+        assert kinds == ["triton", "hopper"]
         report({"precompile": {}, "jobs": 1, "seconds": 0.1})
         for problem in problems:
             given.append(problem)

@@ -13,16 +13,16 @@ import itertools
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures import TimeoutError as OutOfTime
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 import torch
 
-from . import generators, tables
+from . import backends, dispatch, generators, tables
 from .dispatch import (
     Card,
     Config,
@@ -36,6 +36,11 @@ from .dispatch import (
     power_of_two,
     read_card,
 )
+from .hopper import backend as hopper
+from .hopper import candidates
+from .hopper.backend import HopperConfig, HopperPass
+from .hopper.library import loader
+from .hopper.native import Native
 from .pipeline import Pass, Tensors, compile_only
 from .problem import Problem
 from .reference import fused_moe, relative_error
@@ -43,6 +48,9 @@ from .timing import median_us
 from .workspace import layout, needs_requantise
 
 Report = Callable[[dict[str, Any]], None]
+Whole = Union[Config, HopperConfig]
+"""A configuration of a whole layer, by either backend."""
+KINDS = ("triton", "hopper")
 
 # Most error against the reference with the same FP8 steps. What is left is the bf16 of activations, partials and output,
 # which moves some values by one FP8 step: 0.011 – 0.025 on an H100 (benchmarks/results/moe-check-h100.json).
@@ -173,16 +181,31 @@ class Bench:
         self._space = torch.empty(0, dtype=torch.uint8, device=self.device)
         self._expected: torch.Tensor | None = None
 
-    def passes(self, config: Config) -> list[Pass]:
-        """A pass for each set, with its own workspace and output."""
-        need = -(-layout(self.problem, config).total // 256) * 256
+    def passes(self, config: Whole) -> list[Any]:
+        """A pass for each set (pipeline.Pass, HopperPass), with its own workspace and output."""
+        need = -(-self._need(config) // 256) * 256
         if self._space.numel() < need * len(self.sets):
             self._space = torch.empty(need * len(self.sets), dtype=torch.uint8, device=self.device)
         made = []
         for i, inputs in enumerate(self.sets):
             tensors = Tensors(*inputs.positional(), inputs.expert_map, torch.empty_like(inputs.hidden_states))
-            made.append(Pass(self.problem, config, tensors, self._space[i * need : (i + 1) * need], self.card.multiprocessors))
+            made.append(self._pass(config, tensors, self._space[i * need : (i + 1) * need]))
         return made
+
+    def _need(self, config: Whole) -> int:
+        if isinstance(config, HopperConfig):
+            return hopper.workspace_bytes(self.problem, config)
+        return layout(self.problem, config).total
+
+    def _pass(self, config: Whole, tensors: Tensors, workspace: torch.Tensor) -> Any:
+        if isinstance(config, Config):
+            return Pass(self.problem, config, tensors, workspace, self.card.multiprocessors)
+
+        def stream() -> int:
+            return torch.cuda.current_stream(workspace.device).cuda_stream
+
+        native = loader().on(workspace.device.index or 0)
+        return HopperPass(native, self.problem, config, tensors, workspace, self.card.multiprocessors, stream)
 
     def time_step(self, config: Config, name: str, replays: int = 9) -> float:
         """Microseconds of one step alone; the steps before it run first, once, so its inputs are real."""
@@ -196,14 +219,14 @@ class Bench:
                 call()
         return median_us(timed, replays)
 
-    def time_layer(self, config: Config, replays: int = 20) -> float:
+    def time_layer(self, config: Whole, replays: int = 20) -> float:
         """Microseconds of the whole layer.
 
         Raises:
             RuntimeError: an output is not the float64 reference's, replays differ from the first call, or the
                 workspace is too large. Such a configuration must not enter a table, however fast it is.
         """
-        need = layout(self.problem, config).total
+        need = self._need(config)
         limit = workspace_limit(self.problem, self.card)
         if need > limit:
             raise RuntimeError(f"workspace of {need / 1e6:.1f} MB, at most {limit / 1e6:.1f} MB wanted")
@@ -301,18 +324,27 @@ def plans(problem: Problem, card: Card) -> dict[str, list[tuple[str, Config]]]:
     return groups
 
 
-def tune_count(bench: Bench, report: Report, deadline: float) -> Config | None:
+def tune_count(
+    bench: Bench, report: Report, deadline: float, native: Native | None = None, kinds: Sequence[str] = KINDS
+) -> Whole | None:
     """Best configuration for one token count, or None where nothing could be timed before the deadline.
 
-    `report` gets a row for every candidate (step, config, microseconds or the error) and one for each whole layer.
+    `report` gets a row for every candidate (step, config, microseconds or the error) and one for each whole layer. What would
+    run now is timed first, so that nothing slower enters a table. native: the native kernels, where they serve the problem;
+    kinds: whose candidates are tried.
     """
     problem, card = bench.problem, bench.card
-    best: dict[str, list[tuple[float, Config]]] = {}
+    best: dict[str, list[tuple[float, Any]]] = {}
 
-    def attempt(group: str, step: str, config: Config, replays: int = 9) -> None:
-        row = {"tokens": problem.tokens, "shape": problem.shape_key, "group": group, "config": config.to_dict()}
+    def attempt(group: str, step: str, config: Whole, replays: int = 9) -> None:
+        row = {"tokens": problem.tokens, "shape": problem.shape_key, "group": group, "config": entry_of(config)}
+        if time.monotonic() > deadline and group != "layer":
+            return
         try:
-            us = bench.time_layer(config, 20) if step == "layer" else bench.time_step(config, step, replays)
+            if isinstance(config, HopperConfig) or step == "layer":
+                us = bench.time_layer(config, 20)
+            else:
+                us = bench.time_step(config, step, replays)
         except torch.cuda.OutOfMemoryError as error:
             report({**row, "error": str(error)[:120]})
             return
@@ -324,10 +356,21 @@ def tune_count(bench: Bench, report: Report, deadline: float) -> Config | None:
         best.setdefault(group, []).append((us, config))
         report({**row, "us": round(us, 2)})
 
-    for group, candidates in plans(problem, card).items():
-        for step, config in candidates:
-            if time.monotonic() > deadline:
-                break
+    attempt("as it is", "layer", (hopper if backends.route(problem, card) == "hopper" else dispatch).choose(problem, card))
+    if native is not None and "hopper" in kinds:
+        for begin, stages in candidates.families(problem, native):
+            family = f"native {begin[0].gemm2}"
+            for start in begin:
+                attempt(family, "layer", start)
+            for stage in stages:
+                if family in best:
+                    known = {config for _, config in best[family]}
+                    for following in stage(min(best[family], key=lambda item: item[0])[1]):
+                        if following not in known:
+                            attempt(family, "layer", following)
+    whole = [item for found in best.values() for item in found]
+    for group, wanted in plans(problem, card).items() if "triton" in kinds else ():
+        for step, config in wanted:
             name = group
             if group == "gemm1":
                 name = "gemm1 row" if config.gemm1.kind == "row" else "gemm1 bf16"
@@ -339,7 +382,7 @@ def tune_count(bench: Bench, report: Report, deadline: float) -> Config | None:
     if dependent_launch() and card.capability >= (9, 0):
         for config in dependent(best.get("layer", []) + best.get("pairs", [])):
             attempt("layer", "layer", config)
-    whole = best.get("layer", []) + best.get("pairs", [])[:3]
+    whole += best.get("layer", []) + best.get("pairs", [])[:3]
     return min(whole, key=lambda item: item[0])[1] if whole else None
 
 
@@ -378,6 +421,7 @@ def tune(
     seed: int = 0,
     folder: Path = tables.SHIPPED,
     path: Path | None = None,
+    kinds: Sequence[str] = KINDS,
 ) -> Path:
     """Tune the current CUDA device for each problem and write or extend a table.
 
@@ -388,6 +432,7 @@ def tune(
         seed: of the inputs.
         folder: where ``<card>.json`` lies.
         path: the table's file, instead of ``<folder>/<card>.json``.
+        kinds: whose candidates are tried, of `KINDS`. The native ones need no compilation and are tried first.
 
     Returns:
         The table's path.
@@ -401,7 +446,8 @@ def tune(
     if path.exists():
         tables.read(path)
     todo = list(problems)
-    jobs = [(problem, config) for problem in todo for group in plans(problem, card).values() for _, config in group]
+    timed = todo if "triton" in kinds else []
+    jobs = [(problem, config) for problem in timed for group in plans(problem, card).values() for _, config in group]
     counts = precompile(jobs, start + 0.4 * seconds)
     report({"precompile": counts, "jobs": len(set(jobs)), "seconds": round(time.monotonic() - start, 1)})
     weights_key = ""
@@ -417,14 +463,24 @@ def tune(
             weights_key = problem.shape_key
         assert weights is not None
         bench = Bench(problem, card, seed, weights)
-        config = tune_count(bench, report, now + 0.9 * left / (len(todo) - index))
+        native = loader().native if hopper.supports(problem, "cuda") else None
+        config = tune_count(bench, report, now + 0.9 * left / (len(todo) - index), native, kinds)
         if config is not None:
             _extend(path, card, problem, config)
         report({"done": problem.tokens, "shape": problem.shape_key, "found": config is not None})
     return path
 
 
-def _extend(path: Path, card: Card, problem: Problem, config: Config) -> None:
+def entry_of(config: Whole) -> dict[str, Any]:
+    """A table's entry: the keys that differ from the defaults, and whose configuration it is where that is not Triton's."""
+    if isinstance(config, Config):
+        return config.to_dict()
+    defaults = {item.name: item.default for item in dataclasses.fields(config)}
+    told = {name: value for name, value in dataclasses.asdict(config).items() if value != defaults[name]}
+    return {"backend": "hopper", **told}
+
+
+def _extend(path: Path, card: Card, problem: Problem, config: Whole) -> None:
     import triton
 
     table = tables.read(path) if path.exists() else {"shapes": {}}
@@ -436,5 +492,5 @@ def _extend(path: Path, card: Card, problem: Problem, config: Config) -> None:
         "triton": triton.__version__,
     }
     counts = table["shapes"].setdefault(problem.shape_key, {})
-    counts[str(problem.tokens)] = config.to_dict()
+    counts[str(problem.tokens)] = entry_of(config)
     tables.write(path, table)

@@ -33,6 +33,7 @@ def command(
     minutes: float = typer.Option(10.0, help="Time limit. What was tuned by then is kept; the next run goes on from it."),
     out: Optional[Path] = typer.Option(None, help="The table's file. [default: a file for this card in the user's folder]"),
     seed: int = typer.Option(0, help="Of the random weights and tokens."),
+    backends: str = typer.Option("triton,hopper", help="Whose kernels are tried: hopper are the native ones."),
     source: Optional[Path] = typer.Option(
         None,
         "--from",
@@ -57,7 +58,7 @@ def command(
     card = _card()
     path = table_file(out, card.name, Settings.from_environment().tables())
     console = Console(stderr=True)
-    found = _tune(problems, minutes, path, seed, console)
+    found = _tune(problems, minutes, path, seed, console, kinds_of(backends))
     if not found:
         typer.echo(f"Nothing was tuned in {minutes:g} minutes; give --minutes more, or fewer --tokens.", err=True)
         raise typer.Exit(1)
@@ -88,6 +89,19 @@ def problem_of(shape: str) -> Problem:
     if not max(problem.experts, problem.top_k) <= problem.global_experts:
         raise UserError(f"--shape is {shape!r}; G, the experts in all, must be at least E and top_k ({problem.top_k}).")
     return problem
+
+
+def kinds_of(text: str) -> list[str]:
+    """The backends of --backends.
+
+    Raises:
+        UserError: one is not among those that can be tuned.
+    """
+    known = ("triton", "hopper")
+    for part in (found := [part.strip() for part in text.split(",")]):
+        if part not in known:
+            raise UserError(f"--backends has {part!r}; it must be {' or '.join(known)}, or both separated by a comma.")
+    return found
 
 
 def counts_of(text: str) -> list[int]:
@@ -146,7 +160,7 @@ def table_file(out: Path | None, card: str, folder: Path | None) -> Path:
     return path
 
 
-def _tune(problems: list[Problem], minutes: float, path: Path, seed: int, console: Console) -> int:
+def _tune(problems: list[Problem], minutes: float, path: Path, seed: int, console: Console, kinds: list[str]) -> int:
     """Tune, with a bar; how many counts got a configuration."""
     from vllm_glm_patch.moe import tune
 
@@ -163,5 +177,5 @@ def _tune(problems: list[Problem], minutes: float, path: Path, seed: int, consol
             elif "us" in row:
                 bar.update(task, description=f"{row['tokens']} tokens, {row['group']}", best=f"{row['us']:.1f} us")
 
-        tune.tune(problems, seconds=60 * minutes, report=report, seed=seed, path=path)
+        tune.tune(problems, seconds=60 * minutes, report=report, seed=seed, path=path, kinds=kinds)
     return found

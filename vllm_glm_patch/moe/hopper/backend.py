@@ -241,14 +241,15 @@ class HopperPass:
         multiprocessors: int,
         stream: Callable[[], int],
     ) -> None:
-        shared, offsets = _plan(native, problem, config)
+        shared, plan = _plan(native, problem, config)
+        self.t = tensors
         self._native, self._stream = native, stream
         self._device = tensors.hidden.device.index or 0
-        self._pass = Pass(problem, shared, tensors, workspace, multiprocessors, band=band_of(config, shared))
+        self._pass = Pass(problem, shared, tensors, workspace, multiprocessors, band=band_of(config, shared), plan=plan)
         self._first, self._second = native.by_name.get(config.gemm1), native.by_name[config.gemm2]  # None: Triton's
         self._prologue = prologue_of(problem, config, native)  # None: Triton's
         self._layer = _layer(
-            problem, config, shared, self._pass.band, offsets, tensors, workspace, self._pass.max_tiles, multiprocessors
+            problem, config, shared, self._pass.band, plan.offsets, tensors, workspace, self._pass.max_tiles, multiprocessors
         )
 
     def run(self) -> None:
@@ -335,10 +336,10 @@ def _writes_rows(kernel: Kernel) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(native: Native, problem: Problem, config: HopperConfig) -> tuple[Config, dict[str, tuple[int, int]]]:
-    """The shared configuration, and where each buffer lies in the workspace: (bytes from its start, bytes)."""
+def _plan(native: Native, problem: Problem, config: HopperConfig) -> tuple[Config, Layout]:
+    """The shared configuration, and where each buffer lies in the workspace."""
     shared = triton_config(problem, config, native)
-    return shared, layout_of(problem, config, shared).offsets
+    return shared, layout_of(problem, config, shared)
 
 
 def _layer(
