@@ -65,6 +65,10 @@ fenced() { # NAME SITE SERVERS FLAGS SECONDS [OPTIONS]
 }
 checks() {
     export PYTHONPATH=$site26
+    # New kernels by themselves, so that a failure of one does not hide the others; `hop` goes through all of them.
+    for only in ${CHECKED:-stationary split k64 prologue}; do
+        background "hop-$only" "cd $tree; python3 benchmarks/hopper.py --check --out /tmp/o/hop-$only --only $only --seconds 150"
+    done
     background hop "cd $tree; python3 benchmarks/hopper.py --check --out /tmp/o/hop --seconds 150"
     background load "python3 $tree/tests/gpu/hopper_load.py /tmp/o/load/hopper_load.json"
     for backend in triton hopper; do
@@ -72,6 +76,11 @@ checks() {
             --shapes ${SHAPES:-TP8,TP4,EP8} --backends $backend --minutes 2 --out /tmp/o/check-$backend/check.json"
     done
     background tests "cd /tmp; python3 -m pytest -q -p no:cacheprovider $tree/tests/gpu/test_moe_kernel.py"
+}
+await_checks() {
+    local names=(hop load check-triton check-hopper tests) only
+    for only in ${CHECKED:-stationary split k64 prologue}; do names+=("hop-$only"); done
+    await "${SECONDS_FOR_CHECKS:-150}" "${names[@]}"
 }
 case ${1:-} in
 setup)
@@ -122,16 +131,16 @@ wait)
 esac
 for what; do
     case $what in
-    checks) checks; await "${SECONDS_FOR_CHECKS:-150}" hop load check-triton check-hopper tests ;;
+    checks) checks; await_checks ;;
     checks-beside) checks ;;
-    await) await "${SECONDS_FOR_CHECKS:-150}" hop load check-triton check-hopper tests ;;
+    await) await_checks ;;
     verify26) step verify26 560 "mkdir -p /tmp/o/verify26; OUT=/tmp/o/verify26 $tree/tests/gpu/verify_session.sh /tmp/site26 4" ;;
     verify101) step verify101 560 "mkdir -p /tmp/o/verify101; OUT=/tmp/o/verify101 $tree/tests/gpu/verify_session.sh /tmp/site101 4" ;;
     tune)
         shapes=$(printf -- '--shape %s ' $(echo "${SHAPES:-TP8}" | tr , ' '))
         export PYTHONPATH=$site26
         step tune $((${MINUTES:-3} * 60 + 60)) "cd /tmp; python3 -m vllm_glm_patch tune $shapes --tokens $counts \
-            --minutes ${MINUTES:-3}; cp /tmp/tuned/*.json /tmp/o/tune/"
+            --minutes ${MINUTES:-3} --backends ${TRIED:-triton,hopper}; cp $VLLM_GLM_PATCH_TUNED_DIR/*.json /tmp/o/tune/"
         ;;
     steps)
         export PYTHONPATH=$site26
