@@ -14,7 +14,7 @@ test:
 	$(VENV)/ruff check .
 	$(VENV)/ruff format --check .
 	$(VENV)/mypy
-	$(VENV)/pytest
+	$(VENV)/pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 # Every published vLLM release; fetches what is not in .cache/vllm-sources, writes docs/versions.md.
 matrix:

@@ -43,12 +43,21 @@ def signals_stay_as_they_were() -> Iterator[None]:
     assert not changed, f"this test leaves another handler of {', '.join(changed)} behind"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked `gpu` where there is no card."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what is marked `gpu` where there is no card. Of several processes one has all servers, and each file has one."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group("serve" if _serves(item) else item.path.name))
+        items.sort(key=lambda item: not _serves(item))  # first what takes the longest
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and not _has_card():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="no CUDA card is present"))
+
+
+def _serves(item: pytest.Item) -> bool:
+    return item.path.parent.name == "serve"
 
 
 def _has_card() -> bool:

@@ -53,17 +53,18 @@ def check_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _compile(out, "-Wall", "-Wextra", "-Werror", *_SANITIZERS, f"-I{KERNELS}", *sources)
 
 
-@pytest.fixture
-def changed_kernel(emulator_object: Path, tmp_path: Path) -> Callable[[str, str, str, str], Path]:
+@pytest.fixture(scope="session")
+def changed_kernel(emulator_object: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str, str, str], Path]:
     """(file, text, other text, kernel file) → the check of that kernel with every such text replaced; it must be there."""
 
     def build(file: str, text: str, other: str, kernel_file: str) -> Path:
-        folder = tmp_path / "kernels"
+        place = tmp_path_factory.mktemp("changed")
+        folder = place / "kernels"
         shutil.copytree(KERNELS, folder, ignore=shutil.ignore_patterns("host", "CMakeLists.txt"))
         source = (folder / file).read_text()
         assert text in source, f"{file} has changed: {text!r} is not in it"
         (folder / file).write_text(source.replace(text, other))
         only = f"-DCHECK_ONLY={Path(kernel_file).stem.upper()}"
-        return _compile(tmp_path / "changed", only, f"-I{folder}", NATIVE / "check.cpp", emulator_object)
+        return _compile(place / "check", only, f"-I{folder}", NATIVE / "check.cpp", emulator_object)
 
     return build

@@ -16,8 +16,6 @@ from vllm_glm_patch.moe.hopper.native import Family, Kernel
 
 ROOT = Path(__file__).parents[2]
 H100 = 232448  # bytes of shared memory a block
-FAMILIES = {"gemm1": Family.GEMM1, "gemm2": Family.GEMM2, "gemm1_decode": Family.GEMM1_DECODE}
-FAMILIES |= {"gemm2_decode": Family.GEMM2_DECODE, "sum": Family.SUM}
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +31,11 @@ def benchmark() -> ModuleType:
 @pytest.fixture(scope="module")
 def native() -> Any:
     """The kernels of abi.h's table."""
-    row = re.compile(r'\{"(glm_\w+)", "([\w.]+)", Family::(\w+), Grid::\w+, \d+, (\d+), (\d+), (\d+),')
+    row = re.compile(r'\{"(glm_\w+)", "([\w.]+)", Family::(\w+), Grid::\w+, \d+, (\d+), (\d+), (\d+), .*\}(?:, (\d+))?\},\n')
     rows = row.findall((ROOT / "csrc/hopper/abi.h").read_text())
     kernels = [
-        Kernel(number, name, source, FAMILIES[family], int(tile_rows), int(columns), int(cluster))
-        for number, (name, source, family, cluster, tile_rows, columns) in enumerate(rows)
+        Kernel(number, name, source, Family[family.upper()], int(tile_rows), int(columns), int(cluster), int(band or 0))
+        for number, (name, source, family, cluster, tile_rows, columns, band) in enumerate(rows)
     ]
     assert {kernel.family for kernel in kernels} == set(Family)
     return SimpleNamespace(by_name={kernel.name: kernel for kernel in kernels})
