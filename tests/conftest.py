@@ -3,6 +3,7 @@ are answered alike however the run was started and whatever ran before."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -26,9 +27,28 @@ def pytest_configure(config: pytest.Config) -> None:
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt(signal.Signals(number).name)
 
-    signal.signal(signal.SIGTERM, interrupt)
-    # A shell has SIGINT ignored in its background jobs, nohup SIGHUP; every program that a test starts would inherit that.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    def interrupt_all(number: int, frame: FrameType | None) -> None:
+        """Where tests run in processes of their own, those end their servers; xdist only kills them, after 10 s."""
+        for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(child), signal.SIGTERM)
+        interrupt(number, frame)
+
+    def interrupt_worker(number: int, frame: FrameType | None) -> None:
+        if processes := sys.modules.get("vllm_glm_patch.tools.processes"):
+            processes._GRACE = 2.0  # type: ignore[attr-defined]
+        interrupt(number, frame)
+
+    if hasattr(config, "workerinput"):
+        signal.signal(signal.SIGTERM, interrupt_worker)
+        signal.signal(signal.SIGINT, interrupt_worker)
+    elif getattr(config.option, "numprocesses", None):
+        signal.signal(signal.SIGTERM, interrupt_all)
+        signal.signal(signal.SIGINT, interrupt_all)
+    else:
+        signal.signal(signal.SIGTERM, interrupt)
+        # A shell has SIGINT ignored in its background jobs, nohup SIGHUP; every program that a test starts would inherit that.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
