@@ -163,22 +163,23 @@ def timed(shape: str, tokens: int) -> list[Case]:
 
 def gemms_timed(shape: str, tokens: int) -> list[Case]:
     """GEMMs to time, before all of which Triton's prologue goes."""
+    from vllm_glm_patch.moe.hopper import candidates
+
     width = SHAPES[shape].intermediate_size
     density = tokens * 8 / 160
     cases = []
     if density <= 64:
-        for rows in (8, 16, 32, 64):
-            if density / 2 <= rows <= max(8 * density, 16):
-                pair = (f"glm_gemm1_decode_t{rows}", f"glm_gemm2_decode_t{rows}")
-                cases += [Case(shape, tokens, *pair), Case(shape, tokens, *pair, programmatic=False)]
-                cases += [Case(shape, tokens, "triton", pair[1])]
+        for rows in candidates.heights(density):
+            pair = (f"glm_gemm1_decode_t{rows}", f"glm_gemm2_decode_t{rows}")
+            cases += [Case(shape, tokens, *pair), Case(shape, tokens, *pair, programmatic=False)]
+            cases += [Case(shape, tokens, "triton", pair[1])]
     if density >= 16:
         kind = "row" if width == 192 else "columns"
         variants = [f"glm_gemm1_{kind}_{variant}" for variant in ("c1", "c2", "k64_c1", "split", "split_l2")]
         first = [*variants, "glm_gemm1_exact_c1", "triton"]
-        second = [("n256", 256, 2), ("n128", 128, 2), ("n128", 128, 3), ("n128", 256, 2), ("n256", 512, 2), ("n256", 1024, 2)]
+        second = [sliced for sliced in candidates.SLICES if sliced != ("n256", 256, 2)]
         cases += [Case(shape, tokens, name, "glm_gemm2_sum_n256", 256, 2) for name in first]
-        cases += [Case(shape, tokens, first[0], f"glm_gemm2_sum_{name}", width_, slots) for name, width_, slots in second[1:]]
+        cases += [Case(shape, tokens, first[0], f"glm_gemm2_sum_{name}", width_, slots) for name, width_, slots in second]
     if tokens > 2048:
         banded = [("n256", 256, slots, 2048) for slots in (2, 3, 4)]
         banded += [("n128", 128, 3, 4096), ("n128", 128, 4, 4096), ("n128", 256, 3, 2048), ("n256", 512, 2, 2048)]
@@ -465,7 +466,7 @@ def main() -> int:
         action="append",
         default=[],
         help="with --build: GLM_WAIT_LIMIT=400000000LL, GLM_GATHER_WAITS, GLM_SUM_TOKENS=16, GLM_STATIC_TILES, GLM_IN_ORDER, "
-        "GLM_WHOLE_TILES, GLM_WITHOUT_… of csrc/hopper/ablation.cuh and gemm2_stationary.cu",
+        "GLM_WHOLE_TILES, GLM_WITHOUT_… of csrc/hopper/ablation.cuh",
     )
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--only", default="", help="cases whose text has this")

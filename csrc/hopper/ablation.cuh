@@ -1,4 +1,4 @@
-// Parts of prefill GEMM1 left out, to find out where its time goes: `benchmarks/hopper.py --build --define GLM_WITHOUT_…`.
+// Parts of prefill GEMM1 and of GEMM2 with its sums in shared memory left out, to find out where its time goes: `benchmarks/hopper.py --build --define GLM_WITHOUT_…`.
 // The results are wrong then. Never in a wheel.
 #pragma once
 
@@ -23,6 +23,16 @@ constexpr bool with_gather = true;
 constexpr bool with_output = false;  // neither SwiGLU nor stores
 #else
 constexpr bool with_output = true;
+#endif
+#ifdef GLM_WITHOUT_ROWS
+constexpr bool with_rows = false;  // of act: not copied
+#else
+constexpr bool with_rows = true;
+#endif
+#ifdef GLM_WITHOUT_SUMS
+constexpr bool with_sums = false;  // neither read nor written by tiles
+#else
+constexpr bool with_sums = true;
 #endif
 
 }  // namespace glm_hopper

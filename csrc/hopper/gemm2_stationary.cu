@@ -16,6 +16,7 @@
 // Sums lie 256 bytes a token, so an element's bank depends on its column alone. A thread holds 8 pairs of columns of two rows
 // (mma.cuh); two pairs that belong to neighbouring groups of 8 lie together, 16 bytes, and threads of odd rows start with the
 // other half of a line of 128 bytes: no two of the 8 lanes that go at once meet in a bank, whatever their tokens are.
+#include "ablation.cuh"
 #include "barrier.cuh"
 #include "epilogue.cuh"
 #include "mma.cuh"
@@ -41,28 +42,6 @@ constexpr u32 table_scales = 8 * stationary_rows, table_size = table_scales + su
 constexpr int rank_shift = 24;  // of a row's rank in the word that has the place of its sums
 // Instructions read 64 rows where a stage has 48: the others are the beginning of w2, and nobody looks at their results.
 static_assert((mma_rows - stationary_rows) / 8 * stationary_group_bytes <= stationary_w2_bytes, "rows are read past the stage");
-
-// Parts left out, to see where the time goes: `benchmarks/hopper.py --build --define GLM_WITHOUT_…`. Results are wrong then.
-#ifdef GLM_WITHOUT_ROWS
-constexpr bool stationary_with_rows = false;  // of act: not copied
-#else
-constexpr bool stationary_with_rows = true;
-#endif
-#ifdef GLM_WITHOUT_WEIGHTS
-constexpr bool stationary_with_weights = false;
-#else
-constexpr bool stationary_with_weights = true;
-#endif
-#ifdef GLM_WITHOUT_PRODUCTS
-constexpr bool stationary_with_products = false;
-#else
-constexpr bool stationary_with_products = true;
-#endif
-#ifdef GLM_WITHOUT_SUMS
-constexpr bool stationary_with_sums = false;  // neither read nor written by tiles
-#else
-constexpr bool stationary_with_sums = true;
-#endif
 
 struct StationaryArguments {
     const float* act_scales;
@@ -198,12 +177,12 @@ GLM_DEVICE void gemm2_stationary(const TensorMap& act, const TensorMap& w2, cons
         bool waited = false;
         walk_tiles(p, work, 1, 0, [&](const StationaryItem& item, const StationaryTile& tile) {
             if (lane != 0) return;
-            const int groups = stationary_with_rows ? divide_up(tile.size, 8) : 0;
+            const int groups = with_rows ? divide_up(tile.size, 8) : 0;
             for (int chunk = 0; chunk < chunks; ++chunk) {
                 const u32 stage = ring + position.slot * stationary_stage_bytes, ready = full + 8 * position.slot;
                 barrier_wait(empty + 8 * position.slot, position.parity ^ 1);
-                barrier_expect(ready, (stationary_with_weights ? stationary_w2_bytes : 0) + groups * stationary_group_bytes);
-                if (stationary_with_weights) {
+                barrier_expect(ready, (with_weights ? stationary_w2_bytes : 0) + groups * stationary_group_bytes);
+                if (with_weights) {
                     copy_box(stage + stationary_rows_bytes, w2, ready, 0, item.column, chunk * stationary_steps, tile.expert);
                 }
                 if (!waited) wait_for_previous_launch();
@@ -351,7 +330,7 @@ GLM_DEVICE void gemm2_stationary(const TensorMap& act, const TensorMap& w2, cons
                     const u64 b = descriptor_64(stage + stationary_rows_bytes, stationary_atom);
                     mma_fence();
 #pragma unroll
-                    for (int step = 0; step < (stationary_with_products ? stationary_steps : 0); ++step) {
+                    for (int step = 0; step < (with_products ? stationary_steps : 0); ++step) {
 #pragma unroll
                         for (int k = 0; k < stationary_step_k / mma_k; ++k) {
                             const u64 a_step = step * (8 * stationary_step_k >> 4) + k * descriptor_step;
@@ -382,7 +361,7 @@ GLM_DEVICE void gemm2_stationary(const TensorMap& act, const TensorMap& w2, cons
 #pragma unroll
                     for (int half = 0; half < 2; ++half) {
                         const int row = fragment_row(t, 2 * half);
-                        real[half] = stationary_with_sums && row < size;
+                        real[half] = with_sums && row < size;
                         if (real[half]) {
                             const u32 word = load_shared_int(table + 8 * row);
                             row_scale[half] = load_shared_float(table + 8 * row + 4);

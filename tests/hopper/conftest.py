@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import pytest
-from emulated import KERNELS, NATIVE
+from emulated import KERNELS, NATIVE, ROOT
+
+if TYPE_CHECKING:
+    from vllm_glm_patch.moe.hopper.native import Native
 
 _FLAGS = ["-std=c++17", "-O1", "-g1", "-DGLM_HOPPER_EMULATE", f"-I{NATIVE}", "-Wno-psabi", "-Wno-unknown-pragmas"]
 _SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
@@ -51,6 +58,25 @@ def check_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sources = (NATIVE / "emulate.cpp", NATIVE / "check.cpp")
     out = tmp_path_factory.mktemp("check") / "check"
     return _compile(out, "-Wall", "-Wextra", "-Werror", *_SANITIZERS, f"-I{KERNELS}", *sources)
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> ModuleType:
+    """benchmarks/hopper.py."""
+    spec = importlib.util.spec_from_file_location("hopper_benchmark", ROOT / "benchmarks/hopper.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def table(emulated_libraries: tuple[Path, Path]) -> Native:
+    """A launcher with nothing loaded: the kernels of abi.h by name."""
+    from vllm_glm_patch.moe.hopper.native import Native
+
+    return Native(emulated_libraries[0])
 
 
 @pytest.fixture(scope="session")

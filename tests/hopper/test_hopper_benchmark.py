@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import sys
 import time
 from pathlib import Path
 from types import ModuleType
 
-import pytest
-from emulated import KERNELS, ROOT
-
-
-@pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("hopper_benchmark", ROOT / "benchmarks/hopper.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+from emulated import KERNELS
 
 
 def test_cases_name_every_kernel_and_none_other(benchmark: ModuleType) -> None:

@@ -5,15 +5,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from emulated import ROOT
+from emulated import run_cases
 
 SEED = random.SystemRandom().randrange(1 << 20)
 
@@ -86,13 +83,8 @@ def results(emulated_libraries: tuple[Path, Path]) -> tuple[dict[int, dict[str, 
     """(result of each case that came to an end, what the process printed otherwise)."""
     pytest.importorskip("torch")
     pytest.importorskip("triton")
-    code = "import sys; from test_prologue_emulated import run_all; run_all(*sys.argv[1:])"
-    path = os.pathsep.join((str(ROOT), str(ROOT / "tests/hopper")))
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-c", code, *map(str, emulated_libraries), str(SEED)]
-    done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300, check=False)
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return {result["case"]: result for result in found}, f"seed {SEED}, exit status {done.returncode}: {done.stderr[-3000:]}"
+    found, ended = run_cases("test_prologue_emulated", emulated_libraries, SEED)
+    return found, f"seed {SEED}, {ended}"
 
 
 @pytest.mark.parametrize("case", range(len(_CASES)), ids=["-".join(map(str, c)) for c in _CASES])

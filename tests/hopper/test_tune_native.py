@@ -17,11 +17,6 @@ from vllm_glm_patch.moe.problem import GLM_SHAPES, Problem
 H100 = Card("NVIDIA H100 80GB HBM3", 132, 232448, (9, 0))
 
 
-@pytest.fixture(scope="module")
-def native(emulated_libraries: tuple[Path, Path]) -> Native:
-    return Native(emulated_libraries[0])
-
-
 class Clock:
     """Stands for tune.Bench: a layer takes what `us` says of its configuration."""
 
@@ -34,12 +29,12 @@ class Clock:
         return self.us(config)
 
 
-def fastest(problem: Problem, native: Native, us: Callable[[object], float]) -> tuple[object, Clock]:
+def fastest(problem: Problem, table: Native, us: Callable[[object], float]) -> tuple[object, Clock]:
     clock = Clock(problem, us)
-    return tune.tune_count(clock, lambda row: None, float("inf"), native, ("hopper",)), clock  # type: ignore[arg-type]
+    return tune.tune_count(clock, lambda row: None, float("inf"), table, ("hopper",)), clock  # type: ignore[arg-type]
 
 
-def test_each_stage_goes_on_from_the_best_so_far(native: Native) -> None:
+def test_each_stage_goes_on_from_the_best_so_far(table: Native) -> None:
     wanted = HopperConfig("glm_gemm1_row_split", "glm_gemm2_stationary_t640", 256, 2, weight_promotion=256, prologue="native")
 
     def us(config: object) -> float:
@@ -49,45 +44,45 @@ def test_each_stage_goes_on_from_the_best_so_far(native: Native) -> None:
             getattr(config, name) != getattr(wanted, name) for name in ("gemm1", "gemm2", "weight_promotion", "prologue")
         )
 
-    best, clock = fastest(GLM_SHAPES["TP8"].with_tokens(8192), native, us)
+    best, clock = fastest(GLM_SHAPES["TP8"].with_tokens(8192), table, us)
     assert best == wanted
     assert len(clock.wholes) == len(set(clock.wholes)) < 40
 
 
-def test_what_runs_now_stays_where_no_native_kernel_is_faster(native: Native) -> None:
-    best, clock = fastest(GLM_SHAPES["TP8"].with_tokens(8192), native, lambda config: 1 + isinstance(config, HopperConfig))
+def test_what_runs_now_stays_where_no_native_kernel_is_faster(table: Native) -> None:
+    best, clock = fastest(GLM_SHAPES["TP8"].with_tokens(8192), table, lambda config: 1 + isinstance(config, HopperConfig))
     assert isinstance(best, Config)
     assert best == clock.wholes[0]
 
 
 @pytest.mark.parametrize("shape", ["TP8", "TP4", "TP2", "TP1", "EP8"])
 @pytest.mark.parametrize("tokens", [1, 2, 64, 256, 1024, 2048, 8192, 16384])
-def test_each_candidate_is_a_configuration_of_the_problem(native: Native, shape: str, tokens: int) -> None:
+def test_each_candidate_is_a_configuration_of_the_problem(table: Native, shape: str, tokens: int) -> None:
     problem = GLM_SHAPES[shape].with_tokens(tokens)
-    assert candidates.families(problem, native)
+    assert candidates.families(problem, table)
     tried = []
 
     def us(config: object) -> float:
         if isinstance(config, HopperConfig):
-            tried.append(backend.workspace_bytes(problem, config, native))
+            tried.append(backend.workspace_bytes(problem, config, table))
         return 1.0
 
-    assert fastest(problem, native, us)[0] is not None
+    assert fastest(problem, table, us)[0] is not None
     assert len(tried) > 4
 
 
-def test_a_family_whose_beginning_fails_is_left(native: Native) -> None:
+def test_a_family_whose_beginning_fails_is_left(table: Native) -> None:
     def us(config: object) -> float:
         if isinstance(config, HopperConfig) and "_sum_" in config.gemm2:
             raise RuntimeError("wrong output")
         return 2.0 if isinstance(config, Config) else 1.0
 
-    best, _ = fastest(GLM_SHAPES["TP8"].with_tokens(1024), native, us)
+    best, _ = fastest(GLM_SHAPES["TP8"].with_tokens(1024), table, us)
     assert isinstance(best, HopperConfig)
     assert "decode" in best.gemm2
 
 
-def test_an_entry_says_only_what_differs_from_the_defaults_and_is_read_back(native: Native, tmp_path: Path) -> None:
+def test_an_entry_freezes_the_whole_configuration_and_is_read_back(table: Native, tmp_path: Path) -> None:
     problem = GLM_SHAPES["TP8"].with_tokens(8192)
     config = HopperConfig("glm_gemm1_row_split", "glm_gemm2_stationary_t640", prologue="native")
     entry = tune.entry_of(config)
@@ -95,6 +90,11 @@ def test_an_entry_says_only_what_differs_from_the_defaults_and_is_read_back(nati
         "backend": "hopper",
         "gemm1": "glm_gemm1_row_split",
         "gemm2": "glm_gemm2_stationary_t640",
+        "slice": 512,
+        "slots": 3,
+        "programmatic": True,
+        "weight_promotion": 128,
+        "band": 0,
         "prologue": "native",
     }
     assert backend.told(entry) == config

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from emulated import ROOT
+from emulated import run_cases
 
 _CASES = [
     # tokens, intermediate size, experts of this rank and in all, kernels, routing; tokens of a band, top_k, prologue
@@ -66,13 +63,7 @@ def results(emulated_libraries: tuple[Path, Path]) -> tuple[dict[int, dict[str, 
     """(result of each case that came to an end, what the process printed otherwise)."""
     pytest.importorskip("torch")
     pytest.importorskip("triton")
-    code = "import sys; from test_whole_layer_emulated import run_all; run_all(*sys.argv[1:])"
-    path = os.pathsep.join((str(ROOT), str(ROOT / "tests/hopper")))
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-c", code, *map(str, emulated_libraries)]
-    done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300, check=False)
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return {result["case"]: result for result in found}, f"exit status {done.returncode}: {done.stderr[-3000:]}"
+    return run_cases("test_whole_layer_emulated", emulated_libraries)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ from .dispatch import (
 )
 from .hopper import backend as hopper
 from .hopper import candidates
-from .hopper.backend import HopperConfig, HopperPass
+from .hopper.backend import HopperConfig
 from .hopper.library import loader
 from .hopper.native import Native
 from .pipeline import Pass, Tensors, compile_only
@@ -198,14 +198,9 @@ class Bench:
         return layout(self.problem, config).total
 
     def _pass(self, config: Whole, tensors: Tensors, workspace: torch.Tensor) -> Any:
-        if isinstance(config, Config):
-            return Pass(self.problem, config, tensors, workspace, self.card.multiprocessors)
-
-        def stream() -> int:
-            return torch.cuda.current_stream(workspace.device).cuda_stream
-
-        native = loader().on(workspace.device.index or 0)
-        return HopperPass(native, self.problem, config, tensors, workspace, self.card.multiprocessors, stream)
+        if isinstance(config, HopperConfig):
+            return hopper.make_pass(self.problem, config, self.card, tensors, workspace)
+        return Pass(self.problem, config, tensors, workspace, self.card.multiprocessors)
 
     def time_step(self, config: Config, name: str, replays: int = 9) -> float:
         """Microseconds of one step alone; the steps before it run first, once, so its inputs are real."""
@@ -472,12 +467,8 @@ def tune(
 
 
 def entry_of(config: Whole) -> dict[str, Any]:
-    """A table's entry: the keys that differ from the defaults, and whose configuration it is where that is not Triton's."""
-    if isinstance(config, Config):
-        return config.to_dict()
-    defaults = {item.name: item.default for item in dataclasses.fields(config)}
-    told = {name: value for name, value in dataclasses.asdict(config).items() if value != defaults[name]}
-    return {"backend": "hopper", **told}
+    """A table's entry: the whole configuration, and whose it is where that is not Triton's."""
+    return config.to_dict() if isinstance(config, Config) else {"backend": "hopper", **config.to_dict()}
 
 
 def _extend(path: Path, card: Card, problem: Problem, config: Whole) -> None:

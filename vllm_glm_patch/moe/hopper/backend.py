@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
@@ -78,6 +78,10 @@ class HopperConfig:
         if self.prologue not in PROLOGUES:
             raise ValueError(f"prologue {self.prologue!r} is none; there are {', '.join(PROLOGUES)}")
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON; `told` reads it."""
+        return asdict(self)
+
 
 def why_not(problem: Problem, device: torch.device | str) -> str | None:
     """Why the native kernels cannot serve this problem on this device; None if they can. Loads them if need be."""
@@ -118,6 +122,11 @@ def default_config(problem: Problem) -> HopperConfig:
         # Half again, since experts' shares differ.
         rows = next((rows for rows in (8, 16, 32) if 1.5 * density <= rows), DECODE_ROWS)
         return HopperConfig(f"glm_gemm1_decode_t{rows}", f"glm_gemm2_decode_t{rows}")
+    return default_of_many(problem)
+
+
+def default_of_many(problem: Problem) -> HopperConfig:
+    """Rules of thumb among the kernels for many tokens."""
     kind = "row" if problem.intermediate_size == ROW_WIDTH else "columns"
     # As measured at TP8 on an H100 (docs/kernel-notes.md): Triton's GEMM1 of whole rows is faster, and bands are slower.
     gemm1 = TRITON if kind == "row" else f"glm_gemm1_{kind}_c1"
@@ -316,13 +325,21 @@ def run(problem: Problem, config: HopperConfig, card: Card, tensors: Tensors, wo
     Raises:
         HopperError: the kernels cannot be loaded on this device or do not serve this problem.
     """
+    make_pass(problem, config, card, tensors, workspace).run()
+
+
+def make_pass(problem: Problem, config: HopperConfig, card: Card, tensors: Tensors, workspace: torch.Tensor) -> HopperPass:
+    """One pass on whatever stream is current when its steps are launched.
+
+    Raises:
+        HopperError: the kernels cannot be loaded on this device or do not serve this problem.
+    """
     device = tensors.hidden.device
-    native = loader().on(device.index)
 
     def stream() -> int:
         return torch.cuda.current_stream(device).cuda_stream
 
-    HopperPass(native, problem, config, tensors, workspace, card.multiprocessors, stream).run()
+    return HopperPass(loader().on(device.index), problem, config, tensors, workspace, card.multiprocessors, stream)
 
 
 def _kernel(native: Native, name: str) -> Kernel:

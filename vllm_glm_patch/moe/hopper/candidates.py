@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ..problem import Problem
-from .backend import DECODE_ROWS, DECODE_WIDTH, NARROW_TOKENS, ROW_WIDTH, TRITON, HopperConfig
+from .backend import DECODE_ROWS, DECODE_WIDTH, ROW_WIDTH, TRITON, HopperConfig, default_of_many
 from .native import Family, Native
 
 Stage = Callable[[HopperConfig], list[HopperConfig]]
@@ -15,22 +15,24 @@ FEWEST_ROWS = 12  # an expert's average from which the kernels for many tokens a
 SLICES = (("n128", 128, 2), ("n128", 128, 3), ("n128", 256, 2), ("n256", 256, 2), ("n256", 512, 2), ("n256", 1024, 2))
 
 
+def heights(density: float) -> list[int]:
+    """Tiles of the kernels for few tokens that are worth trying where an expert gets `density` rows on average."""
+    return [rows for rows in (8, 16, 32, 64) if density / 2 <= rows <= max(8 * density, 16)]
+
+
 def families(problem: Problem, native: Native) -> list[tuple[list[HopperConfig], list[Stage]]]:
     """(where to begin, stages) of the kernels for few tokens and of those for many, as far as they may serve the problem."""
     density = problem.pairs / problem.global_experts
     found: list[tuple[list[HopperConfig], list[Stage]]] = []
     if density <= DECODE_ROWS and problem.intermediate_size <= DECODE_WIDTH:
-        tallest = max(8 * density, 16)
-        heights = [rows for rows in (8, 16, 32, 64) if density / 2 <= rows <= tallest]
-        few = [HopperConfig(f"glm_gemm1_decode_t{rows}", f"glm_gemm2_decode_t{rows}") for rows in heights]
+        few = [HopperConfig(f"glm_gemm1_decode_t{rows}", f"glm_gemm2_decode_t{rows}") for rows in heights(density)]
         found.append((few, [_with_triton_gemm1, _with_native_prologue, _details]))
     if density >= FEWEST_ROWS:
-        second = ("glm_gemm2_sum_n128", 128, 3) if problem.tokens <= NARROW_TOKENS else ("glm_gemm2_sum_n256", 256, 2)
 
         def first_gemms(best: HopperConfig) -> list[HopperConfig]:
             kind = "glm_gemm1_row_" if problem.intermediate_size == ROW_WIDTH else "glm_gemm1_columns_"
             names = [kernel.name for kernel in native.kernels if kernel.name.startswith(kind)]
-            return [replace(best, gemm1=name) for name in names]
+            return [replace(best, gemm1=name) for name in (TRITON, *names)]
 
         def second_gemms(best: HopperConfig) -> list[HopperConfig]:
             sums = [
@@ -40,7 +42,7 @@ def families(problem: Problem, native: Native) -> list[tuple[list[HopperConfig],
             names = [kernel.name for kernel in native.kernels if kernel.family is Family.GEMM2_STATIONARY]
             return tried + [replace(best, gemm2=name) for name in names]
 
-        found.append(([HopperConfig(TRITON, *second)], [_with_native_prologue, first_gemms, second_gemms, _details]))
+        found.append(([default_of_many(problem)], [_with_native_prologue, first_gemms, second_gemms, _details]))
     return found
 
 

@@ -469,7 +469,7 @@ def _our_layer(device: Any, asked: str) -> Callable[[Problem], Ours]:
     import torch
 
     from vllm_glm_patch.moe import backends, fused_moe_fp8, workspace_bytes
-    from vllm_glm_patch.moe.dispatch import Config, read_card
+    from vllm_glm_patch.moe.dispatch import read_card
     from vllm_glm_patch.moe.workspace import TOKENS_PER_PASS
 
     card = read_card(torch.device(device).index or 0 if torch.device(device).type == "cuda" else None)
@@ -490,8 +490,7 @@ def _our_layer(device: Any, asked: str) -> Callable[[Problem], Ours]:
 
             return call
 
-        config = configuration.to_dict() if isinstance(configuration, Config) else dataclasses.asdict(configuration)
-        return Ours(backend, config, workspace_bytes(problem, device), make)
+        return Ours(backend, configuration.to_dict(), workspace_bytes(problem, device), make)
 
     return chosen
 

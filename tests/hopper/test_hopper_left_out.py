@@ -2,53 +2,28 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
-import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from emulated import ROOT
 
-from vllm_glm_patch.moe.hopper.native import Family, Kernel
+from vllm_glm_patch.moe.hopper.native import Native
 
-ROOT = Path(__file__).parents[2]
 H100 = 232448  # bytes of shared memory a block
 
 
-@pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("hopper_benchmark_left_out", ROOT / "benchmarks/hopper.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def native() -> Any:
-    """The kernels of abi.h's table."""
-    row = re.compile(r'\{"(glm_\w+)", "([\w.]+)", Family::(\w+), Grid::\w+, \d+, (\d+), (\d+), (\d+), .*\}(?:, (\d+))?\},\n')
-    rows = row.findall((ROOT / "csrc/hopper/abi.h").read_text())
-    kernels = [
-        Kernel(number, name, source, Family[family.upper()], int(tile_rows), int(columns), int(cluster), int(band or 0))
-        for number, (name, source, family, cluster, tile_rows, columns, band) in enumerate(rows)
-    ]
-    assert {kernel.family for kernel in kernels} == set(Family)
-    return SimpleNamespace(by_name={kernel.name: kernel for kernel in kernels})
-
-
-def test_what_ran_out_of_shared_memory_on_a_card_is_left_out_and_nothing_that_ran(benchmark: ModuleType, native: Any) -> None:
+def test_what_ran_out_of_shared_memory_on_a_card_is_left_out_and_nothing_that_ran(benchmark: ModuleType, table: Native) -> None:
     """Against the H100's own records: OutOfResources, or times."""
     ran_out = ran = 0
     for line in (ROOT / "benchmarks/results/hopper-times-h100.jsonl").read_text().splitlines():
         told = json.loads(line)
         names = benchmark.Case.__dataclass_fields__
         case = benchmark.Case(**{name: value for name, value in told.items() if name in names})
-        reason = benchmark.left_out(case, native, H100)
+        reason = benchmark.left_out(case, table, H100)
         if required := re.search(r"OutOfResources.*Required: (\d+), Hardware limit: (\d+)", told.get("error", "")):
             ran_out += 1
             assert (
@@ -62,24 +37,24 @@ def test_what_ran_out_of_shared_memory_on_a_card_is_left_out_and_nothing_that_ra
 
 
 def test_of_all_that_is_checked_or_timed_only_triton_before_the_tallest_decode_tiles_is_left_out(
-    benchmark: ModuleType, native: Any
+    benchmark: ModuleType, table: Native
 ) -> None:
     cases = benchmark.checks() + [
         c for shape in benchmark.SHAPES for count in (1, 64, 512, 8192) for c in benchmark.timed(shape, count)
     ]
-    left = {(case.gemm1, case.gemm2) for case in cases if benchmark.left_out(case, native, H100)}
+    left = {(case.gemm1, case.gemm2) for case in cases if benchmark.left_out(case, table, H100)}
     assert left == {("triton", "glm_gemm2_decode_t64")}
-    assert not [case for case in cases if benchmark.left_out(case, native, 1 << 20)]
+    assert not [case for case in cases if benchmark.left_out(case, table, 1 << 20)]
 
 
 def test_a_case_that_is_left_out_is_told_and_is_not_bad(
-    benchmark: ModuleType, native: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    benchmark: ModuleType, table: Native, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     timed = []
 
     class Worker:
         def __init__(self) -> None:
-            self.native, self.card = native, SimpleNamespace(shared_memory=H100)
+            self.native, self.card = table, SimpleNamespace(shared_memory=H100)
 
         def time(self, case: Any) -> dict[str, Any]:
             timed.append(case)
