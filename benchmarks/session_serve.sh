@@ -10,7 +10,6 @@ set -u
 keep=${KEEP:-/tmp/serve}
 mkdir -p "$keep"
 export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_USE_FLASHINFER_SAMPLER=0 PYTHONUNBUFFERED=1
-export VLLM_GLM_PATCH_MOE=${VLLM_GLM_PATCH_MOE:-auto} # off by default; the upstream server has no patch at all
 export CPATH=${CPATH:-/usr/local/cuda/include} PYTHONPATH=${OURS:-/tmp/ours}:${PYTHONPATH:-}
 # Prefix caching off, since the client sends its first prompt twice. Few graphs, since a start is dear; 256 is the most that runs.
 flags=(--load-format glm_patch_synthetic --enable-chunked-prefill --max-num-batched-tokens 8192 --max-model-len 20000

@@ -38,7 +38,7 @@ class Settings:
     """What to do with the step of exactly max_num_batched_tokens; one of `SHAPE_POLICIES`."""
     compile_full_step: bool = field(default=False, metadata={"env": f"{PREFIX}_COMPILE_FULL_STEP"})
     """True adds the full-budget step to vLLM's compile_sizes (policy `captured` only)."""
-    moe_backend: str = field(default="upstream", metadata={"env": f"{PREFIX}_MOE"})
+    moe_backend: str = field(default="auto", metadata={"env": f"{PREFIX}_MOE"})
     """Which kernel serves FP8 MoE layers (patch `fused-moe`); one of `MOE_BACKENDS`."""
     tuned_dir: str = field(default="", metadata={"env": f"{PREFIX}_TUNED_DIR"})
     """The folder of the user's tuned tables; empty: `tables()` says where."""

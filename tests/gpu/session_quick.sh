@@ -203,7 +203,7 @@ open(\"/tmp/planted.py\", \"w\").write(f.NO_DUMP)'
             site=${one#*:}
             end=$((SECONDS + 300))
             while [ ! -e "$site/unpacked" ] && [ $SECONDS -lt $end ]; do sleep 1; done
-            for server in ${SERVERS:-patched:VLLM_GLM_PATCH_MOE=auto}; do
+            for server in ${SERVERS:-patched}; do
                 fenced "served-${one%%:*}-${server%%:*}" "/tmp/ours:$site" "$server" "$flags --enforce-eager" 240
             done
         done

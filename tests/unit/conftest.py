@@ -32,12 +32,6 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
-def kernel_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The patch `fused-moe`, which is off by default, is wanted."""
-    monkeypatch.setenv("VLLM_GLM_PATCH_MOE", "auto")
-
-
-@pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Path]]:
     """Call it with a version: a fake vLLM of that version is installed; it returns the folder of its catalog."""
     with ExitStack() as stack:

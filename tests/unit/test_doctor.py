@@ -41,7 +41,6 @@ def put_nvidia_smi(tmp_path: Path, script: str) -> None:
     (tmp_path / "nvidia-smi").chmod(0o755)
 
 
-@pytest.mark.usefixtures("kernel_on")
 def test_nothing_in_the_way_leaves_with_0(fake: Fake) -> None:
     fake("0.11.0")
     told = run("doctor", "--json").json()
@@ -191,7 +190,6 @@ def test_a_failing_nvidia_smi_is_quoted_and_not_in_the_way(fake: Fake, tmp_path:
     assert "exit code 18 and said: Driver/library version mismatch" in result.json()["no_cards"]
 
 
-@pytest.mark.usefixtures("kernel_on")
 def test_what_is_made_faster_is_told_with_its_state_here(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     fake("0.11.0")
     assert re.search(r"fused-moe +applied when vLLM starts", run("doctor", "--plain").out)

@@ -17,7 +17,6 @@ from vllm_glm_patch.fixes import Context, full_step_probe, fused_moe
 from vllm_glm_patch.moe import backends
 from vllm_glm_patch.settings import MOE_BACKENDS, Settings
 
-pytestmark = pytest.mark.usefixtures("kernel_on")
 Fake = Callable[[str], Path]
 REAL_HAS_CARD = fused_moe.has_card
 """The fixture of all unit tests puts another in its place."""
@@ -97,13 +96,12 @@ def test_the_setting_upstream_switches_it_off_from_either_place_and_back_on(
     assert state()[0] == catalog.SWITCHED_OFF and not hasattr(kernels.FusedMoEKernel.apply, "__wrapped__")
 
 
-def test_it_is_off_by_default_and_says_how_to_turn_it_on(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_on_by_default_and_its_switch_is_told_where_it_is_off(fake: Fake) -> None:
     fake("0.33.0")
-    monkeypatch.delenv("VLLM_GLM_PATCH_MOE")
     vllm_glm_patch.install()
-    assert state() == (catalog.SWITCHED_OFF, fused_moe.OFF)
+    assert state()[0] == "applied"
+    assert hasattr(fake_vllm.load(KERNEL).FusedMoEKernel.apply, "__wrapped__")
     assert "VLLM_GLM_PATCH_MOE=auto" in fused_moe.OFF
-    assert not hasattr(fake_vllm.load(KERNEL).FusedMoEKernel.apply, "__wrapped__")
 
 
 def test_the_backends_of_the_settings_are_those_of_the_kernel() -> None:

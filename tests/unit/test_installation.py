@@ -23,7 +23,6 @@ def states() -> dict[str, str]:
     return {p.id: p.state for p in vllm_glm_patch.status().patches}
 
 
-@pytest.mark.usefixtures("kernel_on")
 def test_install_patches_and_uninstall_restores_the_very_same_objects(fake: Fake) -> None:
     fake("0.19.1")
     ops, scheduler = fake_vllm.load("vllm._custom_ops"), fake_vllm.load("vllm.v1.core.sched.scheduler")
@@ -63,7 +62,6 @@ def test_the_off_switch_touches_nothing(fake: Fake, monkeypatch: pytest.MonkeyPa
     assert not hasattr(fake_vllm.load("vllm.engine.arg_utils").EngineArgs.create_engine_config, "__wrapped__")
 
 
-@pytest.mark.usefixtures("kernel_on")
 def test_single_patches_are_switched_off_by_name(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     fake("0.19.1")
     monkeypatch.setenv("VLLM_GLM_PATCH_DISABLE", "scale-overread, routing-ids")

@@ -15,7 +15,7 @@ from . import Context, Factory, full_step, full_step_probe
 
 _DEVICES = (("/dev", "nvidia[0-9]*"), ("/dev", "nvidiactl"), ("/proc/driver/nvidia", "version"))
 
-OFF = "setting `moe_backend` is upstream, the default of this version; VLLM_GLM_PATCH_MOE=auto turns the kernel on"
+OFF = "setting `moe_backend` is upstream; VLLM_GLM_PATCH_MOE=auto turns the kernel on"
 
 
 def declines(settings: Settings) -> tuple[str, str] | None:
