@@ -19,7 +19,7 @@ class Roofline:
     """Measured ceilings."""
 
     copy_tb_s: float
-    """Bytes read and written by a copy of 1 GiB, a second."""
+    """Bytes a second of a kernel that reads 1 GiB and writes as much. A plain copy may go by a copy engine, which is slower."""
     read_tb_s: float
     """Bytes a second of a reduction over 1 GiB."""
     fp8_tf_s: float
@@ -62,7 +62,7 @@ def _memory_us(device: Any, us_of: Callable[[Callable[[], object]], list[float]]
 
     source = torch.ones(_BYTES // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
-    return statistics.median(us_of(lambda: target.copy_(source))), statistics.median(us_of(lambda: torch.sum(source)))
+    return statistics.median(us_of(lambda: torch.neg(source, out=target))), statistics.median(us_of(lambda: torch.sum(source)))
 
 
 def _product_us(device: Any, us_of: Callable[[Callable[[], object]], list[float]]) -> float:
