@@ -208,7 +208,10 @@ def test_an_error_that_is_no_known_defect_is_quoted(tmp_path: Path) -> None:
     log = tmp_path / "server.log"
     log.write_text("(EngineCore pid=1) ERROR torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB\n")
     death = read_death(log, 1)
-    assert (death.error, death.patch) == ("CUDA out of memory. Tried to allocate 2 GiB", None)
+    assert (death.error, death.patch, death.grade) == ("CUDA out of memory. Tried to allocate 2 GiB", None, None)
+    log.write_text("(EngineCore pid=1) ERROR RuntimeError: CUDA error: an illegal memory access was encountered\n")
+    death = read_death(log, 1)
+    assert (death.grade, death.text()) == ("possible", "an illegal memory access was encountered (possible: scale-overread)")
     log.write_text("")
     assert read_death(log, -9).text() == "exit code -9, and no error in its log"
 

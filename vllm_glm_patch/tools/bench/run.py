@@ -217,7 +217,7 @@ class Measurement:
             )
         if code is None:
             why = f"not ready after {self._plan.start_limit:.0f} s"
-            facts["death"] = {"error": why, "patch": None, "exit_code": None}
+            facts["death"] = {"error": why, "patch": None, "grade": None, "exit_code": None}
         else:
             facts["death"], why = server.death().as_dict(), server.death().text()
         facts["status"] = "did not start"

@@ -39,7 +39,12 @@ def _map(of: dict[str, Any]) -> dict[str, Any]:
     return {"type": "object", "additionalProperties": of}
 
 
-_DEATH = {"anyOf": [{"type": "null"}, _table(error=_TEXT, patch=_TEXT_OR_NULL, exit_code={"type": ["integer", "null"]})]}
+_DEATH = {
+    "anyOf": [
+        {"type": "null"},
+        _table(error=_TEXT, patch=_TEXT_OR_NULL, grade=_TEXT_OR_NULL, exit_code={"type": ["integer", "null"]}),
+    ]
+}
 _COMMON: dict[str, Any] = {
     "schema_version": {"const": VERSION},
     "started": _TEXT,

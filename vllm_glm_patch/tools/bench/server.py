@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
-from ...fence.diagnose import diagnose
+from ...fence.diagnose import POSSIBLE, diagnose
 from ..diagnose import of_its_version, signatures
 from ..processes import Session, check_interrupted
 from .memory import MemoryWatch
@@ -34,16 +34,19 @@ class Death:
     """From its log; empty where the log says nothing."""
     patch: Optional[str]
     """The defect of the catalog whose signature fits."""
+    grade: Optional[str]
+    """How well it fits: ``match`` or ``possible``, as `vllm-glm-patch diagnose` grades it."""
     exit_code: Optional[int]
 
     def as_dict(self) -> dict[str, Any]:
         """As the result file has it."""
-        return {"error": self.error, "patch": self.patch, "exit_code": self.exit_code}
+        return {"error": self.error, "patch": self.patch, "grade": self.grade, "exit_code": self.exit_code}
 
     def text(self) -> str:
-        """For people: ``an illegal memory access was encountered (scale-overread)``."""
+        """For people: ``an illegal memory access was encountered (scale-overread)``, or ``(possible: scale-overread)``."""
         said = self.error or f"exit code {self.exit_code}, and no error in its log"
-        return f"{said} ({self.patch})" if self.patch else said
+        named = self.patch if self.grade != POSSIBLE else f"{POSSIBLE}: {self.patch}"
+        return f"{said} ({named})" if self.patch else said
 
 
 class BenchServer:
@@ -129,8 +132,9 @@ def read_death(log: Path, exit_code: Optional[int]) -> Death:
     """The error in a server's log, and the known defect it is a sign of."""
     diagnosis = of_its_version(diagnose(log, signatures()))
     errors = diagnosis.evidence.errors or tuple(_RAISED.findall(log.read_text(encoding="utf-8", errors="replace")))
-    patch = diagnosis.matches[0].signature.patch if diagnosis.matches else None
-    return Death(errors[0].replace("CUDA error: ", "", 1)[:200] if errors else "", patch, exit_code)
+    match = diagnosis.matches[0] if diagnosis.matches else None
+    patch, grade = (match.signature.patch, match.grade) if match else (None, None)
+    return Death(errors[0].replace("CUDA error: ", "", 1)[:200] if errors else "", patch, grade, exit_code)
 
 
 def _free_port() -> int:
