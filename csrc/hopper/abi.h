@@ -5,7 +5,7 @@
 namespace glm_hopper {
 
 // Grows whenever a name, an argument or a rule below changes; the host refuses a cubin built from another number.
-constexpr int abi_version = 4;
+constexpr int abi_version = 5;
 
 // CUtensorMap as the device sees it: 128 opaque bytes made by cuTensorMapEncodeTiled, passed by value as a
 // `const __grid_constant__` argument. Host code passes its CUtensorMap; size and alignment are the same.
@@ -16,6 +16,7 @@ struct alignas(64) TensorMap {
 // ---------------------------------------------------------------------------------------------- tensor maps
 // All: element type UINT8, interleave NONE, swizzle as wide as the box (128B or 64B), l2Promotion 128B (256B for weights is worth
 // a try), oobFill NONE (zeros), elementStrides 1. dims and box are innermost first; strides are those of dims 1 … rank−1.
+// But partial_rows: element type UINT16, swizzle NONE, so that a box of at most 256 elements holds 512 bytes of a row.
 // K = hidden_size, N = intermediate_size, E = experts, P = pairs (tokens × top_k; rows of the activation buffer).
 // `expert stride` is stride(0) of the weight tensor in bytes. Every stride must be a multiple of 16, every base of 16.
 enum class Map : int {
@@ -27,12 +28,14 @@ enum class Map : int {
     w2_rows,          // dims {N, K, E}        strides {N, expert}          box {128, 128, 1}
     act_steps,        // dims {64, P, N/64}    strides {N, 64}              box {64, 8, 3}
     w2_steps,         // dims {64, K, N/64, E} strides {N, 64, expert}      box {64, 64, 3, 1}
+    partial_rows,     // dims {slice, slots · pairs of a band} strides {2 · slice} box {256, 32}
 };
 
 struct MapShape {
     Map map;
     int rank;
     int box[5];
+    int element_bytes = 1;  // 2: UINT16, not swizzled
 };
 
 constexpr MapShape map_shapes[] = {
@@ -43,6 +46,7 @@ constexpr MapShape map_shapes[] = {
     {Map::w2_rows, 3, {128, 128, 1, 0, 0}},
     {Map::act_steps, 3, {64, 8, 3, 0, 0}},
     {Map::w2_steps, 4, {64, 64, 3, 1, 0}},
+    {Map::partial_rows, 2, {256, 32, 0, 0, 0}, 2},
 };
 
 // ---------------------------------------------------------------------------------------------- arguments
@@ -65,6 +69,12 @@ constexpr MapShape map_shapes[] = {
 //     tiles: of several bands are listed band by band, and none has rows of two.
 //     band_tiles: [bands] int32, the first tile of each band; not read where there is one.
 //     counters: 3 + 2 · bands · ceil(K / slice) int32 zeros, and zeros again afterwards: counts + 3, where routing.py has 2049.
+// Family::gemm2_ring (glm_gemm2_ring_*): the same, the sums reading partials through a ring of boxes in shared memory.
+//     TensorMap act_rows, TensorMap w2_rows, TensorMap partial_rows, const float* act_scales [P], const float* w2_scales [E, K],
+//     const float* topk_weights [P], bf16* partial [slots, band · top_k, slice], const int* local_ids [P], bf16* out [M, K],
+//     const int* rows [P], const int* tiles, const int* counts, int* counters, const int* band_tiles, int tokens,
+//     int max_tiles, int hidden_size, int intermediate_size, int experts, int top_k, int slice, int slots, int band
+//     all: as of gemm2.
 // Family::gemm2_stationary (glm_gemm2_stationary_*): GEMM2 and the top-k sum in one launch, the sums in shared memory.
 //     TensorMap act_steps, TensorMap w2_steps, const float* act_scales [P], const float* w2_scales [E, K],
 //     const float* topk_weights [P], bf16* out [M, K], const int* rows [P], const int* tiles, const int* counts,
@@ -88,15 +98,19 @@ constexpr MapShape map_shapes[] = {
 //     topk_ids: int64 where wide_ids is not 0, else int32. expert_map: null where every expert is here.
 //     histogram: [ceil(P / routing_chunk) + 1, prologue_bins(experts)], written where there are more pairs than one chunk.
 //     band: 0, or no less than the tokens, or band · top_k is a multiple of routing_chunk.
-enum class Family : int { gemm1 = 0, gemm2, gemm1_decode, gemm2_decode, sum, gemm2_stationary, prologue };
+enum class Family : int { gemm1 = 0, gemm2, gemm1_decode, gemm2_decode, sum, gemm2_stationary, prologue, gemm2_ring };
 
 // Sizes any kernel can serve; `supports()` on the host is this and compute capability 9.0.
 //   hidden_size % 256 == 0; intermediate_size % 192 == 0; intermediate_size == 192 for glm_gemm1_row_*;
 //   intermediate_size ≤ 1536 for glm_gemm2_decode_*; slice % tile_columns == 0, hidden_size % slice == 0, slots ≥ 1,
 //   and slots ≥ 2 where hidden_size > slice or there are several bands; band % 32 == 0 then. glm_gemm2_stationary_* has neither
 //   slice nor slots; band is its own where there are more tokens than that, else 0 or as many as there are or more.
+//   top_k == ring_choices and slice % ring_columns == 0 for glm_gemm2_ring_*, besides what is asked of every GEMM2 by slices.
 //   experts ≤ prologue_experts for glm_prologue_*.
 constexpr int prologue_experts = 511;
+// A box of partial_rows holds whole tokens: so many choices each, of so many columns.
+constexpr int ring_choices = 8;
+constexpr int ring_columns = 256;
 constexpr int routing_chunk = 1024;  // pairs; routing.py's CHUNK, and its SMALL_PAIRS
 
 // ---------------------------------------------------------------------------------------------- launches
@@ -118,7 +132,7 @@ struct Kernel {
     int stages;
     int stage_bytes;
     bool programmatic;  // may be launched with PROGRAMMATIC_STREAM_SERIALIZATION (it calls griddepcontrol)
-    Map maps[2];
+    Map maps[3];
     int band = 0;  // tokens of a band, where the kernel and not the caller says it
 };
 
@@ -137,6 +151,9 @@ constexpr Kernel kernels[] = {
     {"glm_gemm1_columns_split_l2", "gemm1_split.cu", Family::gemm1, Grid::persistent, 384, 1, 128, 192, 13, 16384, false, {Map::w13_rows, Map::none}},
     {"glm_gemm2_sum_n128", "gemm2_prefill.cu", Family::gemm2, Grid::persistent, 512, 1, 128, 128, 6, 32768, false, {Map::act_rows, Map::w2_rows}},
     {"glm_gemm2_sum_n256", "gemm2_prefill.cu", Family::gemm2, Grid::persistent, 512, 1, 128, 256, 4, 49152, false, {Map::act_rows, Map::w2_rows}},
+    // 14 × 16 KB: three stages of 48 KB or four of 32, and five or six chunks of partials.
+    {"glm_gemm2_ring_n128", "gemm2_prefill.cu", Family::gemm2_ring, Grid::persistent, 512, 1, 128, 128, 14, 16384, false, {Map::act_rows, Map::w2_rows, Map::partial_rows}},
+    {"glm_gemm2_ring_n256", "gemm2_prefill.cu", Family::gemm2_ring, Grid::persistent, 512, 1, 128, 256, 14, 16384, false, {Map::act_rows, Map::w2_rows, Map::partial_rows}},
     {"glm_gemm2_stationary_t640", "gemm2_stationary.cu", Family::gemm2_stationary, Grid::persistent, 384, 1, 48, 64, 3, 21504, true, {Map::act_steps, Map::w2_steps}, 640},
     {"glm_gemm2_stationary_t512", "gemm2_stationary.cu", Family::gemm2_stationary, Grid::persistent, 384, 1, 48, 64, 4, 21504, true, {Map::act_steps, Map::w2_steps}, 512},
     {"glm_gemm2_stationary_t640_c2", "gemm2_stationary.cu", Family::gemm2_stationary, Grid::persistent, 384, 2, 48, 64, 3, 21504, true, {Map::act_steps, Map::w2_steps}, 640},
@@ -156,6 +173,7 @@ constexpr Kernel kernels[] = {
 
 // Barriers, scales and item numbers lie in this many bytes behind the stages; the first stage is aligned to 1024 by hand.
 constexpr int shared_extra = 4096;
+constexpr int ring_extra = 3072;        // the same of glm_gemm2_ring_*, alignment to 1024 included
 constexpr int stationary_extra = 3072;  // the same of glm_gemm2_stationary_*, tables and alignment to 512 included
 
 #ifdef __CUDACC__
@@ -193,6 +211,7 @@ constexpr int shared_bytes(const Kernel& kernel, int intermediate_size) {
         return kernel.stages * kernel.stage_bytes + kernel.band * kernel.tile_columns * 4 + stationary_extra;
     }
     if (kernel.family == Family::prologue) return kernel.stage_bytes;
+    if (kernel.family == Family::gemm2_ring) return kernel.stages * kernel.stage_bytes + ring_extra;
     int bytes = kernel.stages * kernel.stage_bytes + shared_extra + 1024;
     if (kernel.family == Family::gemm2_decode)
         bytes += gemm2_decode_consumers(kernel.stages, kernel.stage_bytes, kernel.tile_rows, intermediate_size) *

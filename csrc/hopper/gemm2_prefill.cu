@@ -8,12 +8,31 @@
 //     the herald tells other blocks that a GEMM item's partials are stored;
 //     the foreman draws sum items, waits for their phase's products, and tells when the partials have been read.
 //
+// The sums read partials in either of two ways. glm_gemm2_sum_*: by loads into registers, 32 KB under way in a block.
+// glm_gemm2_ring_*: by the copy engine, a chunk of 4 tokens × 8 choices × 256 columns at a time, into a ring of chunks in shared
+// memory, so that 80 or 96 KB are under way whatever the threads do. The foreman's work is shared there by two threads:
+//     the reader draws sum items, waits for their phase's products, hands the items out and copies their chunks;
+//     the teller tells when an item's partials have been read.
+//
 // Phases are numbered slice · bands + band. Waits go one way: a sum waits for its phase's products, of which there may be none;
 // a product waits, where its slot of partials (phase % slots) was used before, for the sums of phase − slots; where that one has
 // no products, whose sums wait for nothing, for those of the last before it in this slot that has some. Items of either kind
 // are drawn in the order of their phases by blocks that are running, a foreman tells what is finished before it
 // waits, and either side moves on without the other. So whatever is smallest and unfinished waits for nothing, however few
 // blocks are resident.
+// In a ring, too: the reader waits for products, for the adding warps to free a chunk, and for the teller to free an item's
+// place; adding warps wait for chunks and items in the order in which the reader asks for them; the teller waits for the adding
+// warps only, and tells whatever the reader waits for. So an item that was handed out is read and told with nobody's help, and
+// the reader, who asks for all of its chunks before the next item's products, keeps nobody waiting by waiting for those.
+//
+// Partials are written by ordinary stores and read by the copy engine, which is another proxy. A store is seen by the copy
+// because it comes before it in causality order with a proxy fence on the way: store → item_stored (mbarrier, release and
+// acquire in the block) → the herald's release → the reader's acquire (cumulative: all that the herald had seen) → the reader's
+// fence.proxy.async.global → copy. That fence must stand behind the acquire, in the thread that asks for the copies. PTX spells
+// out for aliases only that one fence anywhere on the way is enough, so the herald has another before its release. The storing
+// threads have none: they would wait for their stores, which a release to the whole card has in L2 anyway, where copies read.
+// Back again no fence is needed: a chunk that has arrived has been read, so what is stored after sums_done is told comes after
+// the reading; nor in shared memory, where a chunk's place is copied into after its readers' arrivals, as a GEMM stage's is.
 #include "barrier.cuh"
 #include "epilogue.cuh"
 #include "mma.cuh"
@@ -34,6 +53,11 @@ constexpr int sum_items_ahead = 2;   // ring of sum items
 constexpr int sum_tokens = GLM_SUM_TOKENS;  // tokens of one sum item, which a band is a multiple of: 32, or 16 to compare
 static_assert(32 % sum_tokens == 0 && sum_tokens >= 2, "bands are multiples of 32 tokens, and a thread adds up two at once");
 constexpr int sum_threads = 128;
+// Of the ring: a chunk is one box of Map::partial_rows, and one token of it a warp's.
+constexpr int chunk_tokens = sum_threads / 32;
+constexpr u32 partial_row_bytes = 2 * ring_columns, partials_bytes = chunk_tokens * ring_choices * partial_row_bytes;
+constexpr int ring_items_ahead = 4;  // ring of sum items there
+static_assert(sum_tokens % (32 / ring_choices * chunk_tokens) == 0 && partial_row_bytes == 32 * 16, "a lane adds up 8 columns");
 constexpr int no_more = -1;          // an item's number when there are no more
 
 struct Gemm2Arguments {
@@ -63,19 +87,25 @@ GLM_HD Gemm2Item gemm2_item(int number, int tiles, int slice_width, int columns)
     return {slice, rest / parts, slice * slice_width + rest % parts * columns};
 }
 
-template <int COLUMNS, int STAGES>
-GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Gemm2Arguments& p) {
+// CHUNKS: places in the ring of partials; 0: none, they are loaded into registers, and partial_rows is not read.
+template <int COLUMNS, int STAGES, int CHUNKS>
+GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const TensorMap& partial_rows, const Gemm2Arguments& p) {
+    constexpr bool in_ring = CHUNKS > 0;
+    constexpr int items_ahead = in_ring ? ring_items_ahead : sum_items_ahead;
     constexpr u32 a_bytes = gemm2_rows * gemm2_k_step, b_bytes = COLUMNS * gemm2_k_step, stage_bytes = a_bytes + b_bytes;
     constexpr int consumer_threads = 256, parts = COLUMNS / gemm2_mma_columns;
     constexpr u64 part_step = gemm2_mma_columns * gemm2_k_step >> 4;
     // In order of their place behind the stages. An item's slot: full when its number is there, stored when every warp has
     // stored its partials (GEMM) or read them (sum), empty when it may be filled again.
     const u32 ring = align_up(shared_base(), atom_bytes);
-    const u32 full = ring + STAGES * stage_bytes, empty = full + 8 * STAGES;
+    const u32 chunks = ring + STAGES * stage_bytes;
+    const u32 full = chunks + CHUNKS * partials_bytes, empty = full + 8 * STAGES;
     const u32 item_full = empty + 8 * STAGES, item_stored = item_full + 8 * gemm2_items;
     const u32 item_empty = item_stored + 8 * gemm2_items;
-    const u32 sum_full = item_empty + 8 * gemm2_items, sum_read = sum_full + 8 * sum_items_ahead;
-    const u32 item_number = sum_read + 8 * sum_items_ahead, item_expert = item_number + 4 * gemm2_items;
+    const u32 sum_full = item_empty + 8 * gemm2_items, sum_read = sum_full + 8 * items_ahead;
+    const u32 sum_empty = sum_read + 8 * items_ahead;  // from here to item_number: of a ring only
+    const u32 chunk_full = sum_empty + 8 * items_ahead, chunk_empty = chunk_full + 8 * CHUNKS;
+    const u32 item_number = in_ring ? chunk_empty + 8 * CHUNKS : sum_empty, item_expert = item_number + 4 * gemm2_items;
     const u32 item_row = item_expert + 4 * gemm2_items, item_size = item_row + 4 * gemm2_items;
     const u32 item_phase = item_size + 4 * gemm2_items, sum_number = item_phase + 4 * gemm2_items;
 
@@ -93,9 +123,17 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Gemm2
             barrier_init(item_stored + 8 * slot, consumer_threads / 32);
             barrier_init(item_empty + 8 * slot, 1);
         }
-        for (int slot = 0; slot < sum_items_ahead; ++slot) {
+        for (int slot = 0; slot < items_ahead; ++slot) {
             barrier_init(sum_full + 8 * slot, 1);
             barrier_init(sum_read + 8 * slot, sum_threads / 32);
+        }
+        if constexpr (in_ring) {
+            prefetch_map(partial_rows);
+            for (int slot = 0; slot < items_ahead; ++slot) barrier_init(sum_empty + 8 * slot, 1);
+            for (int slot = 0; slot < CHUNKS; ++slot) {
+                barrier_init(chunk_full + 8 * slot, 1);
+                barrier_init(chunk_empty + 8 * slot, sum_threads / 32);
+            }
         }
         barrier_init_done();
     }
@@ -120,6 +158,11 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Gemm2
     Ring<STAGES> position;
     Ring<gemm2_items> item_position;
     const int sum_items = sum_blocks * slices;
+    // Of a sum item, which end with its last token: groups of tokens, each of which is a chunk for every 256 columns.
+    auto chunk_groups = [&](int first_token) {
+        return divide_up(p.tokens - first_token < sum_tokens ? p.tokens - first_token : sum_tokens, chunk_tokens);
+    };
+    const int chunk_parts = p.slice / ring_columns;
 
     if (warpgroup == 0) {
         registers_down<40>();
@@ -180,11 +223,55 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Gemm2
                 if (number == no_more) break;
                 const int phase = load_shared_int(item_phase + 4 * item_position.slot);
                 barrier_wait(item_stored + 8 * item_position.slot, item_position.parity);
+                if (in_ring) fence_proxy_async_global();
                 release_add(gemms_done + phase);
                 barrier_arrive(item_empty + 8 * item_position.slot);
                 item_position.advance();
             }
-        } else if (thread == 64) {  // the foreman
+        } else if (in_ring && thread == 64) {  // the reader
+            Ring<items_ahead> sum_position;
+            Ring<in_ring ? CHUNKS : 1> chunk;
+            int number = atomic_next(next_sum);
+            int multiplied = 0;  // phases known to be, as far as this block asked
+            while (true) {
+                const bool more = number < sum_items;
+                const int first_token = number % sum_blocks * sum_tokens, band = number % sum_blocks / band_sums;
+                const int phase = number / sum_blocks * bands + band;
+                if (more && phase >= multiplied) {
+                    acquire_at_least(gemms_done + phase, tiles_of(band) * (p.slice / COLUMNS));
+                    fence_proxy_async_global();
+                    multiplied = phase + 1;
+                }
+                barrier_wait(sum_empty + 8 * sum_position.slot, sum_position.parity ^ 1);
+                store_shared_int(sum_number + 4 * sum_position.slot, more ? number : no_more);
+                barrier_arrive(sum_full + 8 * sum_position.slot);
+                sum_position.advance();
+                if (!more) break;
+                number = atomic_next(next_sum);
+                // Rows past the last token are another slot's, or zeros past the buffer's: nobody adds them.
+                int row = phase % p.slots * band_pairs + first_token * p.top_k - band * band_pairs;
+                for (int group = chunk_groups(first_token); group > 0; --group, row += chunk_tokens * ring_choices) {
+                    for (int part = 0; part < chunk_parts; ++part) {
+                        barrier_wait(chunk_empty + 8 * chunk.slot, chunk.parity ^ 1);
+                        barrier_expect(chunk_full + 8 * chunk.slot, partials_bytes);
+                        copy_box(chunks + chunk.slot * partials_bytes, partial_rows, chunk_full + 8 * chunk.slot,
+                                 part * ring_columns, row);
+                        chunk.advance();
+                    }
+                }
+            }
+        } else if (in_ring && thread == 96) {  // the teller
+            Ring<items_ahead> sum_position;
+            while (true) {
+                barrier_wait(sum_full + 8 * sum_position.slot, sum_position.parity);
+                const int number = load_shared_int(sum_number + 4 * sum_position.slot);
+                if (number == no_more) break;
+                barrier_wait(sum_read + 8 * sum_position.slot, sum_position.parity);
+                release_add(sums_done + number / sum_blocks * bands + number % sum_blocks / band_sums);
+                barrier_arrive(sum_empty + 8 * sum_position.slot);
+                sum_position.advance();
+            }
+        } else if (!in_ring && thread == 64) {  // the foreman
             Ring<sum_items_ahead> sum_position, read_position;
             int number = atomic_next(next_sum);
             int multiplied = 0;    // phases known to be, as far as this block asked
@@ -302,6 +389,46 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Gemm2
             if (lane == 0) barrier_arrive(item_stored + 8 * item_position.slot);
             item_position.advance();
         }
+    } else if (in_ring) {
+        registers_down<120>();
+        const int warp = thread % 128 / 32, lane = thread % 32;
+        Ring<items_ahead> sum_position;
+        Ring<in_ring ? CHUNKS : 1> chunk;
+        while (true) {
+            barrier_wait(sum_full + 8 * sum_position.slot, sum_position.parity);
+            const int number = load_shared_int(sum_number + 4 * sum_position.slot);
+            if (number == no_more) break;
+            const int slice = number / sum_blocks, first_token = number % sum_blocks * sum_tokens;
+            const int groups = chunk_groups(first_token);
+            // Which choices of this warp's tokens are there, one token of every group: a lane looks at one choice of four groups
+            // at a time, while the item's first chunks are still on their way.
+            u64 valid = 0;
+#pragma unroll
+            for (int group = 0; group < sum_tokens / chunk_tokens; group += 32 / ring_choices) {
+                const int token = first_token + (group + lane / ring_choices) * chunk_tokens + warp;
+                const bool here = token < p.tokens && p.local_ids[token * ring_choices + lane % ring_choices] < p.experts;
+                valid |= static_cast<u64>(ballot(here)) << group * ring_choices;
+            }
+            for (int group = 0; group < groups; ++group) {
+                const int token = first_token + group * chunk_tokens + warp;
+                const u32 wanted = static_cast<u32>(valid >> group * ring_choices);
+                u16* target = p.out + static_cast<i64>(token) * p.hidden_size + slice * p.slice + 8 * lane;
+                for (int part = 0; part < chunk_parts; ++part) {
+                    const u32 rows = chunks + chunk.slot * partials_bytes + warp * ring_choices * partial_row_bytes + 16 * lane;
+                    barrier_wait(chunk_full + 8 * chunk.slot, chunk.parity);
+                    Vector4 loaded[ring_choices];
+#pragma unroll
+                    for (int i = 0; i < ring_choices; ++i) loaded[i] = load_shared_16(rows + i * partial_row_bytes);
+                    warp_sync();  // every lane has read
+                    if (lane == 0) barrier_arrive(chunk_empty + 8 * chunk.slot);
+                    chunk.advance();
+                    const Vector4 sum = sum_loaded(loaded, wanted);
+                    if (token < p.tokens) store_last_16(target + part * ring_columns, sum);
+                }
+            }
+            if (lane == 0) barrier_arrive(sum_read + 8 * sum_position.slot);
+            sum_position.advance();
+        }
     } else {
         registers_down<120>();
         const int t = thread % 128, lane = thread % 32;
@@ -360,10 +487,22 @@ using namespace glm_hopper;
                          u16* partial, const int* local_ids, u16* out, const int* rows, const int* tiles, const int* counts,   \
                          int* counters, const int* band_tiles, int tokens, int max_tiles, int hidden_size,                     \
                          int intermediate_size, int experts, int top_k, int slice, int slots, int band) {                      \
-        gemm2_sum<columns, stages>(act, w2, {act_scales, w2_scales, topk_weights, partial, local_ids, out, rows, tiles, counts,\
-                                             counters, band_tiles, tokens, max_tiles, hidden_size, intermediate_size, experts, \
-                                             top_k, slice, slots, band});                                                      \
+        gemm2_sum<columns, stages, 0>(act, w2, act, {act_scales, w2_scales, topk_weights, partial, local_ids, out, rows,       \
+                                                     tiles, counts, counters, band_tiles, tokens, max_tiles, hidden_size,      \
+                                                     intermediate_size, experts, top_k, slice, slots, band});                  \
+    }
+#define GLM_GEMM2_RING(name, columns, stages, chunks)                                                                          \
+    GLM_KERNEL(512) name(GLM_MAP act, GLM_MAP w2, GLM_MAP partial_rows, const float* act_scales, const float* w2_scales,       \
+                         const float* topk_weights, u16* partial, const int* local_ids, u16* out, const int* rows,             \
+                         const int* tiles, const int* counts, int* counters, const int* band_tiles, int tokens, int max_tiles, \
+                         int hidden_size, int intermediate_size, int experts, int top_k, int slice, int slots, int band) {     \
+        gemm2_sum<columns, stages, chunks>(act, w2, partial_rows,                                                              \
+                                           {act_scales, w2_scales, topk_weights, partial, local_ids, out, rows, tiles, counts, \
+                                            counters, band_tiles, tokens, max_tiles, hidden_size, intermediate_size, experts,  \
+                                            top_k, slice, slots, band});                                                       \
     }
 
 GLM_GEMM2(glm_gemm2_sum_n128, 128, 6)
 GLM_GEMM2(glm_gemm2_sum_n256, 256, 4)
+GLM_GEMM2_RING(glm_gemm2_ring_n128, 128, 4, 6)
+GLM_GEMM2_RING(glm_gemm2_ring_n256, 256, 3, 5)

@@ -228,6 +228,8 @@ GLM_DEVICE void acquire_at_least(const int* counter, int target) {
 
 // Ordinary shared-memory writes (cp.async too) made before are seen by wgmma and TMA after.
 GLM_DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// Ordinary writes to global memory that this thread has acquired, other blocks' too, are seen by TMA that it asks for after.
+GLM_DEVICE void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 template <int COUNT>
 GLM_DEVICE void registers_down() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }

@@ -58,4 +58,25 @@ GLM_DEVICE void sum_choices(const u16* const (&first)[TOKENS], i64 stride, const
     }
 }
 
+// The same for 8 choices of one token that are in registers already: those whose bits are set in `wanted`. What the others hold
+// may be anything, NaN too.
+GLM_DEVICE Vector4 sum_loaded(const Vector4 (&loaded)[8], u32 wanted) {
+    float total[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) total[i] = 0.0f;
+#pragma unroll
+    for (int choice = 0; choice < 8; ++choice) {
+        const u32 keep = 0u - (wanted >> choice & 1);
+#pragma unroll
+        for (int word = 0; word < 4; ++word) {
+            total[2 * word] += low_bf16(loaded[choice].word[word] & keep);
+            total[2 * word + 1] += high_bf16(loaded[choice].word[word] & keep);
+        }
+    }
+    Vector4 sum;
+#pragma unroll
+    for (int word = 0; word < 4; ++word) sum.word[word] = pack_bf16(total[2 * word], total[2 * word + 1]);
+    return sum;
+}
+
 }  // namespace glm_hopper

@@ -84,8 +84,8 @@ def table() -> tuple[TableRow, ...]:
     for line in re.findall(r"^    \{\"glm_.*\},$", abi_text(), re.MULTILINE):
         parts = [part.strip(' {}"') for part in line.strip(" ,").split(",")]
         numbers = [int(part) for part in parts[4:10]]
-        maps = tuple(part.split("::")[1] for part in parts[11:13] if not part.endswith("::none"))
-        band = int(parts[13]) if len(parts) > 13 else 0
+        maps = tuple(part.split("::")[1] for part in parts[11:] if "::" in part and not part.endswith("::none"))
+        band = int(parts[-1]) if parts[-1].isdigit() else 0
         words = parts[0], parts[1], parts[2].split("::")[1], parts[3].split("::")[1]
         rows.append(TableRow(*words, *numbers, parts[10] == "true", maps, band))
     return tuple(rows)
@@ -142,6 +142,7 @@ class Launch:
             "dims": words[2 : 2 + rank],
             "strides": words[7 : 7 + rank - 1],
             "box": words[11 : 11 + rank],
+            "element_bytes": words[1] >> 16 & 0xFF,
         }
 
 

@@ -3,7 +3,7 @@
 
 namespace glm_hopper {
 
-Arguments::Arguments(Family family, const GlmHopperLayer& layer, const TensorMap maps[2], bool row_scales) {
+Arguments::Arguments(Family family, const GlmHopperLayer& layer, const TensorMap maps[3], bool row_scales) {
   second_tiles_ = layer.tiles ? layer.tiles + 3 * size_t(layer.max_tiles) : nullptr;
   counters_ = layer.counts ? layer.counts + 3 : nullptr;
   // GEMM1 by rows writes FP8 and scales; by columns bf16, for a kernel that quantises them.
@@ -26,8 +26,10 @@ Arguments::Arguments(Family family, const GlmHopperLayer& layer, const TensorMap
       add(layer.top_k);
       break;
     case Family::gemm2:
+    case Family::gemm2_ring:
       add(maps[0]);
       add(maps[1]);
+      if (family == Family::gemm2_ring) add(maps[2]);
       add(layer.act_scales);
       add(layer.w2_scales);
       add(layer.topk_weights);

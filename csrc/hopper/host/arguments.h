@@ -11,7 +11,7 @@ namespace glm_hopper {
 class Arguments {
  public:
   // Both the layer and the maps must outlive this.
-  Arguments(Family family, const GlmHopperLayer& layer, const TensorMap maps[2], bool row_scales);
+  Arguments(Family family, const GlmHopperLayer& layer, const TensorMap maps[3], bool row_scales);
   Arguments(const Arguments&) = delete;
 
   void** pointers() { return pointers_; }

@@ -7,6 +7,8 @@
 namespace glm_hopper {
 namespace {
 
+// GEMM2 and the sum by slices of columns, whose partials lie in memory.
+bool has_slices(const Kernel& kernel) { return kernel.family == Family::gemm2 || kernel.family == Family::gemm2_ring; }
 bool has_bands(const GlmHopperLayer& layer) { return layer.band > 0 && layer.band < layer.tokens_count; }
 
 constexpr int kCounters = 2049;  // zeros that routing.py keeps from counts + 3 on
@@ -42,6 +44,16 @@ void check_prologue(const GlmHopperLayer& layer, Reason& reason) {
                     " pairs, or 0 for one band of all");
 }
 
+void check_ring(const GlmHopperLayer& layer, Reason& reason) {
+  const std::string other = "; choose glm_gemm2_sum_*";
+  reason.unless(layer.top_k == ring_choices, "top_k is " + std::to_string(layer.top_k) + ", and this kernel adds up " +
+                                                 std::to_string(ring_choices) + " choices" + other);
+  reason.unless(layer.slice % ring_columns == 0, "slice " + std::to_string(layer.slice) + " must be a multiple of " +
+                                                     std::to_string(ring_columns) + other);
+  const int64_t tokens = has_bands(layer) ? layer.band : layer.tokens_count;
+  reason.unless(layer.slots * tokens * layer.top_k <= INT_MAX, "slots × tokens × top_k must fit in 31 bits; take fewer slots");
+}
+
 void check_sizes(const Kernel& kernel, const GlmHopperLayer& layer, Reason& reason) {
   reason.unless(layer.tokens_count > 0 && layer.hidden_size > 0 && layer.intermediate_size > 0 && layer.experts > 0 &&
                     layer.top_k > 0,
@@ -62,7 +74,7 @@ void check_sizes(const Kernel& kernel, const GlmHopperLayer& layer, Reason& reas
                                          "glm_gemm2_sum_*");
   }
   if (kernel.family == Family::prologue) check_prologue(layer, reason);
-  if (kernel.family != Family::gemm2) return;
+  if (!has_slices(kernel)) return;
   const std::string slice = "slice " + std::to_string(layer.slice);
   reason.unless(layer.slice > 0 && layer.slice % kernel.tile_columns == 0 && layer.hidden_size % layer.slice == 0,
                 slice + " must be a multiple of " + std::to_string(kernel.tile_columns) + " and divide hidden_size");
@@ -75,6 +87,7 @@ void check_sizes(const Kernel& kernel, const GlmHopperLayer& layer, Reason& reas
   reason.unless(layer.slice <= 0 || 3 + 2 * bands * (layer.hidden_size / layer.slice) <= kCounters,
                 slice + " with " + std::to_string(bands) + (bands == 1 ? " band" : " bands") +
                     " needs more counters than routing.py keeps; choose a wider one");
+  if (kernel.family == Family::gemm2_ring) check_ring(layer, reason);
 }
 
 void check_weights(const char* name, const void* weights, int64_t stride, int64_t bytes, Reason& reason) {
@@ -88,7 +101,7 @@ void check_pointers(const Kernel& kernel, const GlmHopperLayer& layer, Reason& r
   const int64_t w2_bytes = int64_t(layer.hidden_size) * layer.intermediate_size;
   const bool first = kernel.family == Family::gemm1 || kernel.family == Family::gemm1_decode;
   const bool stationary = kernel.family == Family::gemm2_stationary, prologue = kernel.family == Family::prologue;
-  const bool second = kernel.family == Family::gemm2 || kernel.family == Family::gemm2_decode || stationary;
+  const bool second = has_slices(kernel) || kernel.family == Family::gemm2_decode || stationary;
   if (first) {
     check_weights("w13", layer.w13, layer.w13_stride, 2 * w2_bytes, reason);
     reason.pointer("tokens", layer.tokens, 16);
@@ -106,7 +119,7 @@ void check_pointers(const Kernel& kernel, const GlmHopperLayer& layer, Reason& r
     reason.pointer("w2_scales", layer.w2_scales, 4);
     reason.pointer("topk_weights", layer.topk_weights, 4);
   }
-  if (kernel.family == Family::gemm2 || stationary) {
+  if (has_slices(kernel) || stationary) {
     reason.pointer("act_quantised", layer.act_quantised, 16);
     reason.pointer("act_scales", layer.act_scales, 4);
     if (has_bands(layer)) reason.pointer("band_tiles", layer.band_tiles, 4);
@@ -128,7 +141,7 @@ void check_pointers(const Kernel& kernel, const GlmHopperLayer& layer, Reason& r
     reason.pointer("counts", layer.counts, 4);
   }
   if (!first && !stationary && !prologue) reason.pointer("partial", layer.partial, 16);
-  if (kernel.family == Family::gemm2 || kernel.family == Family::sum) reason.pointer("local_ids", layer.local_ids, 4);
+  if (has_slices(kernel) || kernel.family == Family::sum) reason.pointer("local_ids", layer.local_ids, 4);
   if (!first && !prologue && kernel.family != Family::gemm2_decode) reason.pointer("out", layer.out, 16);
 }
 

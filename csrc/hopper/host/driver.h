@@ -33,7 +33,9 @@ constexpr int kClusterDimension = 4;
 constexpr int kProgrammaticStreamSerialization = 6;
 // CUtensorMapDataType, …Interleave, …Swizzle, …L2promotion, …FloatOOBfill
 constexpr int kUint8 = 0;
+constexpr int kUint16 = 1;
 constexpr int kInterleaveNone = 0;
+constexpr int kSwizzleNone = 0;
 constexpr int kSwizzle64 = 2;
 constexpr int kSwizzle128 = 3;
 constexpr int kPromoteL2To128 = 2;

@@ -61,7 +61,7 @@ struct Launcher::Prepared {
   int number = 0;
   Function function = nullptr;
   unsigned grid = 0, shared = 0;
-  TensorMap maps[2];
+  TensorMap maps[3];
 };
 
 Launcher::Launcher() : maps_(kMapsKept) {}
@@ -133,7 +133,7 @@ int Launcher::make_state(int device, DeviceState** out) {
 std::string Launcher::compare_arguments(int number, Function function) const {
   if (!driver_.parameter_info) return "";
   const GlmHopperLayer nothing = {};
-  const TensorMap maps[2] = {};
+  const TensorMap maps[3] = {};
   const Arguments ours(kernels[number].family, nothing, maps, writes_rows(kernels[number]));
   size_t offset, size;
   for (int i = 0; i < ours.count(); ++i) {
@@ -239,7 +239,7 @@ int Launcher::prepare(const DeviceState& state, int number, const GlmHopperLayer
     case Grid::per_vector: out->grid = unsigned((vectors + kernel.block - 1) / kernel.block); break;
     case Grid::prologue: out->grid = prologue_blocks(kernel.cluster, layer.tokens_count); break;
   }
-  for (int i = 0; i < 2; ++i) {
+  for (int i = 0; i < 3; ++i) {
     if (kernel.maps[i] == Map::none) continue;
     std::string error;
     if (Result result = maps_.get(driver_, key_of(kernel.maps[i], layer), &out->maps[i], &error))

@@ -29,6 +29,7 @@ const char* name_of(Map map) {
     case Map::w2_rows: return "w2_rows";
     case Map::act_steps: return "act_steps";
     case Map::w2_steps: return "w2_steps";
+    case Map::partial_rows: return "partial_rows";
     case Map::none: break;
   }
   return "none";
@@ -46,6 +47,7 @@ Extents extents_of(const MapKey& key) {
     case Map::w2_rows: return {{n, k, rows}, {n, stride}};
     case Map::act_steps: return {{64, rows, n / 64}, {n, 64}};
     case Map::w2_steps: return {{64, k, n / 64, rows}, {n, 64, stride}};
+    case Map::partial_rows: return {{k, rows}, {2 * k}};
     case Map::none: break;
   }
   return {};
@@ -77,10 +79,12 @@ Result encode(const Driver& driver, const MapKey& key, TensorMap* out, std::stri
     ones[i] = 1;
   }
   const int promotion = std::get<6>(key) == 256 ? kPromoteL2To256 : kPromoteL2To128;
+  const bool bytes = shape->element_bytes == 1;
+  const int swizzle = !bytes ? kSwizzleNone : box[0] == 64 ? kSwizzle64 : kSwizzle128;
   alignas(128) TensorMap made;  // cuda.h asks for 64 in CUDA 12, for 128 in 13
   const Result result =
-      driver.encode_tiled(&made, kUint8, unsigned(shape->rank), const_cast<void*>(std::get<const void*>(key)), extents.dims, extents.strides, box,
-                          ones, kInterleaveNone, box[0] == 64 ? kSwizzle64 : kSwizzle128, promotion, kFillZeros);
+      driver.encode_tiled(&made, bytes ? kUint8 : kUint16, unsigned(shape->rank), const_cast<void*>(std::get<const void*>(key)), extents.dims,
+                          extents.strides, box, ones, kInterleaveNone, swizzle, promotion, kFillZeros);
   if (result != kSuccess)
     *error = describe(key, *shape) + ": " + driver.text_of(result);
   else
@@ -98,6 +102,10 @@ MapKey key_of(Map map, const GlmHopperLayer& layer) {
     case Map::w2_rows:
     case Map::w2_steps:
       return {map, layer.w2, layer.hidden_size, layer.intermediate_size, layer.experts, layer.w2_stride, promotion};
+    case Map::partial_rows: {  // exactly the slots that there are; checks.cpp holds their rows to 31 bits
+      const int tokens = layer.band > 0 && layer.band < layer.tokens_count ? layer.band : layer.tokens_count;
+      return {map, layer.partial, layer.slice, 0, layer.slots * tokens * layer.top_k, 0, 128};
+    }
     default: return {map, layer.w13, layer.hidden_size, layer.intermediate_size, layer.experts, layer.w13_stride, promotion};
   }
 }

@@ -14,7 +14,8 @@
 namespace glm_hopper {
 
 // All that a map depends on: map, base, hidden_size, intermediate_size, rows (pairs for the activations, experts for the
-// weights), and for weights the bytes between experts and the bytes that L2 fetches at once.
+// weights), and for weights the bytes between experts and the bytes that L2 fetches at once. Of partial results: the width of
+// a slice for hidden_size, and the pairs of all slots.
 using MapKey = std::tuple<Map, const void*, int, int, int, int64_t, int>;
 
 // The key of one of a kernel's maps over a layer's tensors.

@@ -348,6 +348,13 @@ bool compare_sums(Problem& p, Gemm2Check& check, Buffer<u16>& out, double partia
     return report.done();
 }
 
+// Sums are made in one order, so the bits are the same whatever the timing and the grid: test_emulated_kernels.py compares.
+void print_bits(Buffer<u16>& out) {
+    unsigned long long bits = 14695981039346656037ull;
+    for (size_t i = 0; i < out.count; ++i) bits = (bits ^ out[i]) * 1099511628211ull;
+    std::printf("bits %016llx\n", bits);
+}
+
 bool check_gemm2_stationary(Problem& p) {
     Gemm2Check check(p);
     Buffer<u8> act(static_cast<size_t>(p.pairs) * p.width, 0x7f);
@@ -373,10 +380,7 @@ bool check_gemm2_stationary(Problem& p) {
 #undef CALL
         emulate::fail("no such entry");
     });
-    // Sums are made in one order, so the bits are the same whatever the timing and the grid: test_emulated_kernels.py compares.
-    unsigned long long bits = 14695981039346656037ull;
-    for (size_t i = 0; i < out.count; ++i) bits = (bits ^ out[i]) * 1099511628211ull;
-    std::printf("bits %016llx\n", bits);
+    print_bits(out);
     return compare_sums(p, check, out, 1e-5);
 }
 
@@ -390,7 +394,10 @@ bool check_gemm2(Problem& p) {
     const long long k = p.hidden, n = p.width;
     const emulate::MapFields act_fields{act.data, 2, {n, p.pairs}, {0, n}, {128, 128}};
     const emulate::MapFields w2_fields{check.w2.data, 3, {n, k, p.experts}, {0, n, n * k}, {128, 128, 1}};
+    const emulate::MapFields partial_fields{
+        reinterpret_cast<u8*>(partial.data), 2, {slice, static_cast<long long>(slots) * p.band * p.top_k}, {0, 2 * slice}, {256, 32}, 2};
     const TensorMap act_map = emulate::encode(&act_fields), w2_map = emulate::encode(&w2_fields);
+    const TensorMap partial_map = emulate::encode(&partial_fields);
     const std::string name = p.kernel.name;
     emulate::run(p.launch(), [&] {
 #define CALL(entry)                                                                                                              \
@@ -403,8 +410,19 @@ bool check_gemm2(Problem& p) {
         CALL(glm_gemm2_sum_n256);
 #endif
 #undef CALL
+#define CALL(entry)                                                                                                              \
+    if (name == #entry)                                                                                                          \
+    return entry(act_map, w2_map, partial_map, act_scales.data, check.w2_scales.data, check.topk_weights.data, partial.data,     \
+                 p.local_ids.data, out.data, p.rows.data, p.tiles.data, p.counts.data, p.counts.data + 3, p.band_tiles.data,     \
+                 p.tokens, p.max_tiles, p.hidden, p.width, p.experts, p.top_k, slice, slots, p.o["band"])
+#if CHECK_FILE(GEMM2_PREFILL)
+        CALL(glm_gemm2_ring_n128);
+        CALL(glm_gemm2_ring_n256);
+#endif
+#undef CALL
         emulate::fail("no such entry");
     });
+    print_bits(out);
     Report counters{"counters after"};
     for (int i = 3; i < 4 + 2048; ++i) counters.compare(p.counts[i], 0, 0, i, 0);
     return compare_sums(p, check, out, 1.0 / 256) & counters.done();
@@ -635,7 +653,8 @@ int main(int count, char** words) {
     switch (kernel.family) {
         case Family::gemm1:
         case Family::gemm1_decode: return !check_gemm1(problem);
-        case Family::gemm2: return !check_gemm2(problem);
+        case Family::gemm2:
+        case Family::gemm2_ring: return !check_gemm2(problem);
         case Family::gemm2_stationary: return !check_gemm2_stationary(problem);
         case Family::gemm2_decode: return !check_gemm2_decode(problem);
         case Family::sum: return !check_sum(problem);

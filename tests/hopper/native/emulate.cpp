@@ -12,6 +12,7 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "platform.cuh"
@@ -62,7 +63,7 @@ struct Fibre {
     std::vector<Operation> open;                    // not committed yet
     std::map<float*, std::vector<float>> held;      // true values of accumulators under way
     size_t products = 0;                            // wgmmas issued so far
-    u64 fence_time = 0;
+    u64 fence_time = 0, global_fence_time = 0;
     i64 arrived = -1;  // generation of the cluster's barrier at which it has arrived and not yet waited
     int registers = 0;
 };
@@ -110,6 +111,7 @@ struct World {
     void* scheduler_fake = nullptr;
     std::vector<std::unique_ptr<Cluster>> clusters;
     std::vector<std::function<void()>> flying;  // copies under way
+    std::unordered_map<u64, u64> written;  // of global memory, by address / 16: time of the last ordinary write of this launch
     u64 time = 1;
     bool progress = false;
 };
@@ -274,9 +276,11 @@ u32 place(u32 linear, u32 width) {
 void copy_tensor_box(u32 blocks, u32 target, const TensorMap& map, u32 barrier, std::vector<int> corner) {
     const MapFields& m = *reinterpret_cast<const MapFields*>(map.opaque[0]);
     if (static_cast<int>(corner.size()) != m.rank) fail("a box of rank %zu of a map of rank %d", corner.size(), m.rank);
-    const u32 width = m.box[0];
-    if ((width != 64 && width != 128) || corner[0] % 16) fail("inner box %u at %d", width, corner[0]);
-    if (target % (8 * width)) fail("swizzled box at shared address %u, want a multiple of %u", target, 8 * width);
+    const bool swizzled = m.element_bytes == 1;
+    const u32 width = m.box[0] * m.element_bytes, aligned = swizzled ? 8 * width : 128;
+    const i64 first = static_cast<i64>(corner[0]) * m.element_bytes, inside_row = m.dims[0] * m.element_bytes;
+    if ((swizzled && width != 64 && width != 128) || width % 16 || first % 16) fail("inner box of %u bytes at %lld", width, first);
+    if (target % aligned) fail("a box at shared address %u, want a multiple of %u", target, aligned);
     u32 rows = 1;
     for (int i = 1; i < m.rank; ++i) rows *= m.box[i];
     Cluster& cluster = *current->block->cluster;
@@ -285,7 +289,8 @@ void copy_tensor_box(u32 blocks, u32 target, const TensorMap& map, u32 barrier, 
         if (blocks >> rank & 1) targets.push_back(cluster.blocks[rank].get());
     }
     if (blocks >> cluster.blocks.size()) fail("multicast to blocks %x of a cluster of %zu", blocks, cluster.blocks.size());
-    std::vector<u8> data(rows * width);
+    // Where each 16 bytes of the box lie; null outside the map. They are read when the box lands, zeros where there are none.
+    std::vector<const u8*> sources(rows * width / 16);
     for (u32 row = 0; row < rows; ++row) {
         const u8* from = m.base;
         bool inside = true;
@@ -296,16 +301,27 @@ void copy_tensor_box(u32 blocks, u32 target, const TensorMap& map, u32 barrier, 
             inside = inside && at >= 0 && at < m.dims[i];
             from += at * m.strides[i];
         }
-        for (int byte = 0; byte < static_cast<int>(width); ++byte) {
-            const i64 at = corner[0] + byte;
-            if (inside && at >= 0 && at < m.dims[0]) data[row * width + byte] = from[at];
+        for (u32 byte = 0; byte < width; byte += 16) {
+            const i64 at = first + byte;
+            if (inside && at >= 0 && at + 16 <= inside_row) sources[(row * width + byte) / 16] = from + at;
+            else if (inside && at > -16 && at < inside_row) fail("a box whose edge is no multiple of 16 bytes");
+        }
+    }
+    for (const u8* source : sources) {
+        const auto found = world->written.find(reinterpret_cast<u64>(source) / 16);
+        if (source && found != world->written.end() && current->global_fence_time <= found->second) {
+            fail("a box reads what was written in this launch, without a proxy fence of this thread since");
         }
     }
     for (Block* block : targets) std::memset(shared_at(*block, target, rows * width), poison, rows * width);
     for (Block* block : targets) {
-        launch_copy([block, target, rows, width, barrier, data] {
+        launch_copy([block, target, rows, width, swizzled, barrier, sources] {
             if (block->running == 0) fail("a box lands in block %d, which has ended", block->index);
-            for (u32 i = 0; i < rows * width; ++i) *shared_at(*block, place(target + i, width), 1) = data[i];
+            for (u32 i = 0; i < rows * width; i += 16) {
+                u8* to = shared_at(*block, swizzled ? place(target + i, width) : target + i, 16);
+                if (sources[i / 16]) std::memcpy(to, sources[i / 16], 16);
+                else std::memset(to, 0, 16);
+            }
             for (u32 granule = 0; granule < rows * width / 16; ++granule) block->granules[(target - shared_start) / 16 + granule] = {};
             Barrier& counted = barrier_at(*block, barrier);
             counted.bytes -= rows * width;
@@ -681,6 +697,7 @@ template <class T>
 static void store_global(void* pointer, T value) {
     if (reinterpret_cast<u64>(pointer) % sizeof(T)) fail("global store of %zu bytes at %p", sizeof(T), pointer);
     *static_cast<T*>(pointer) = value;
+    world->written[reinterpret_cast<u64>(pointer) / 16] = world->time++;
 }
 Vector4 load_fresh_16(const void* pointer) { return load_global<Vector4>(pointer); }
 int load_fresh_int(const int* pointer) { return load_global<int>(pointer); }
@@ -705,6 +722,7 @@ void acquire_at_least(const int* counter, int target) {
 }
 
 void fence_proxy_async() { current->fence_time = world->time++; }
+void fence_proxy_async_global() { current->global_fence_time = world->time++; }
 
 u32 permute_bytes(u32 low, u32 high, u32 selector) {
     const u64 both = static_cast<u64>(high) << 32 | low;

@@ -1,7 +1,7 @@
 // The device for a CPU: what csrc/hopper/platform.cuh and its neighbours declare, run by fibres of one thread.
 //
 // A launch runs the kernel's own source. Every CUDA thread is a fibre; whenever it waits, another one goes on, in an order
-// drawn from a seed. Copies (cp.async, TMA) poison their target when they are issued and land at a random later moment;
+// drawn from a seed. Copies (cp.async, TMA) poison their target when they are issued, and read and land at a random later moment;
 // wgmma reads shared memory at issue or only at the wait that retires it, and its accumulators hold NaN in between. So a
 // wrong phase, an early reuse or a missing wait shows as a wrong result, a deadlock is reported with who waits for what,
 // and accesses outside shared memory, wrong alignments and missing proxy fences stop the run with a message.
@@ -28,6 +28,7 @@ struct MapFields {
     long long dims[5];
     long long strides[5];  // of dims 1 …, in bytes
     int box[5];  // the first, 64 or 128, is also the width of the swizzle
+    int element_bytes = 1;  // 2: of dims[0] and box[0], and nothing is swizzled
 };
 glm_hopper::TensorMap encode(const MapFields* fields);
 
@@ -102,6 +103,7 @@ void release_add(int* counter);
 void acquire_at_least(const int* counter, int target);
 
 void fence_proxy_async();
+void fence_proxy_async_global();
 template <int COUNT>
 void registers_down() {
     emulate::registers(COUNT);

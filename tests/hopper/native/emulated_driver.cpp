@@ -49,6 +49,8 @@ void enter(const std::string& name, void** values) {
     ENTRY(glm_gemm1_columns_split_l2);
     ENTRY(glm_gemm2_sum_n128);
     ENTRY(glm_gemm2_sum_n256);
+    ENTRY(glm_gemm2_ring_n128);
+    ENTRY(glm_gemm2_ring_n256);
     ENTRY(glm_gemm2_stationary_t640);
     ENTRY(glm_gemm2_stationary_t512);
     ENTRY(glm_gemm2_stationary_t640_c2);
@@ -103,10 +105,12 @@ DRIVER cuFuncSetAttribute(void*, int, int) { return 0; }
 
 DRIVER cuTensorMapEncodeTiled(void* map, int type, unsigned rank, void* base, const uint64_t* dims, const uint64_t* strides,
                               const unsigned* box, const unsigned* element_strides, int interleave, int swizzle, int, int fill) {
-    if (type != kUint8 || interleave || swizzle != (box[0] == 64 ? kSwizzle64 : kSwizzle128) || fill) return 1;
+    const int wanted = type == kUint16 ? kSwizzleNone : box[0] == 64 ? kSwizzle64 : kSwizzle128;
+    if ((type != kUint8 && type != kUint16) || interleave || swizzle != wanted || fill) return 1;
     auto* fields = new emulate::MapFields{};  // lives as long as the process, as maps in a cache do
     fields->base = static_cast<const unsigned char*>(base);
     fields->rank = static_cast<int>(rank);
+    fields->element_bytes = type == kUint16 ? 2 : 1;
     for (unsigned i = 0; i < rank; ++i) {
         if (element_strides[i] != 1) return 1;
         fields->dims[i] = static_cast<long long>(dims[i]);

@@ -31,6 +31,7 @@ static_assert(kMaxDynamicShared == CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYT
 static_assert(kClusterDimension == CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, "");
 static_assert(kProgrammaticStreamSerialization == CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, "");
 static_assert(kUint8 == CU_TENSOR_MAP_DATA_TYPE_UINT8 && kInterleaveNone == CU_TENSOR_MAP_INTERLEAVE_NONE, "");
+static_assert(kUint16 == CU_TENSOR_MAP_DATA_TYPE_UINT16 && kSwizzleNone == CU_TENSOR_MAP_SWIZZLE_NONE, "");
 static_assert(kSwizzle64 == CU_TENSOR_MAP_SWIZZLE_64B, "");
 static_assert(kSwizzle128 == CU_TENSOR_MAP_SWIZZLE_128B && kPromoteL2To128 == CU_TENSOR_MAP_L2_PROMOTION_L2_128B, "");
 static_assert(kPromoteL2To256 == CU_TENSOR_MAP_L2_PROMOTION_L2_256B, "");

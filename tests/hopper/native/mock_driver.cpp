@@ -191,8 +191,9 @@ MOCK int cuTensorMapEncodeTiled(void* map, int type, unsigned rank, void* base, 
   Lock lock(mutex);
   if (int failed = called("cuTensorMapEncodeTiled")) return failed;
   if (reinterpret_cast<uintptr_t>(map) % 128) violate("a tensor map that is not at a multiple of 128 bytes");
-  if (type || interleave || swizzle != (box[0] == 64 ? 2 : 3) || promotion < 2 || promotion > 3 || fill) return kInvalidValue;
-  uint64_t words[16] = {reinterpret_cast<uintptr_t>(base), rank | uint64_t(promotion) << 8};
+  // UINT8 in the swizzle of its box, or UINT16 in none.
+  if (type > 1 || interleave || swizzle != (type ? 0 : box[0] == 64 ? 2 : 3) || promotion < 2 || promotion > 3 || fill) return kInvalidValue;
+  uint64_t words[16] = {reinterpret_cast<uintptr_t>(base), rank | uint64_t(promotion) << 8 | uint64_t(type + 1) << 16};
   for (unsigned i = 0; i < rank; ++i) {
     if (!dims[i] || !box[i] || box[i] > 256 || ones[i] != 1) return kInvalidValue;
     words[2 + i] = dims[i];
