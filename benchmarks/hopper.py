@@ -59,7 +59,8 @@ class Case:
     @property
     def text(self) -> str:
         """On one line."""
-        sliced = f" slice {self.slice}×{self.slots}" if "_sum_" in self.gemm2 else "" if self.programmatic else " no PDL"
+        by_slices = "_sum_" in self.gemm2 or "_ring_" in self.gemm2
+        sliced = f" slice {self.slice}×{self.slots}" if by_slices else "" if self.programmatic else " no PDL"
         band = f" band {self.band}" if self.band else ""
         prologue = "" if self.prologue == "triton" else f" {self.prologue} prologue"
         ids = "" if self.ids == "int32" else f" {self.ids}"
@@ -102,6 +103,19 @@ def checks() -> list[Case]:
             Case("TP1", 650, "triton", gemm2, experts=16, routing="skewed"),
             Case("TP8", 8191, "triton", gemm2),
             Case("TP8", 8192, "glm_gemm1_row_c1", gemm2, routing="skewed"),
+        ]
+    for gemm2 in ("glm_gemm2_ring_n128", "glm_gemm2_ring_n256"):
+        cases += [
+            Case("TP8", 16, "glm_gemm1_row_c1", gemm2, experts=8, routing="collapsed"),
+            Case("TP8", 700, "glm_gemm1_row_c1", gemm2, experts=16, routing="bad"),
+            Case("TP4", 333, "glm_gemm1_columns_c1", gemm2, 512, 2, experts=16),
+            Case("EP8", 500, "glm_gemm1_columns_c1", gemm2, 256, 3),
+            Case("TP2", 700, "triton", gemm2, experts=16),
+            Case("TP8", 8191, "triton", gemm2),
+            Case("TP8", 8191, "glm_gemm1_row_c1", gemm2, 512, 2, routing="bad"),
+            Case("TP8", 8192, "glm_gemm1_row_c1", gemm2, 256, 3, routing="skewed"),
+            Case("TP8", 700, "glm_gemm1_row_c1", gemm2, experts=16, routing="none"),
+            Case("TP8", 8191, "glm_gemm1_row_c1", gemm2, 256, 2, routing="skewed", band=1024),
         ]
     for gemm2 in second:
         cases += [
@@ -177,9 +191,11 @@ def gemms_timed(shape: str, tokens: int) -> list[Case]:
         kind = "row" if width == 192 else "columns"
         variants = [f"glm_gemm1_{kind}_{variant}" for variant in ("c1", "c2", "k64_c1", "split", "split_l2")]
         first = [*variants, "glm_gemm1_exact_c1", "triton"]
-        second = [sliced for sliced in candidates.SLICES if sliced != ("n256", 256, 2)]
+        second = [sliced for sliced in candidates.SLICES if sliced != ("sum_n256", 256, 2)]
+        if tokens >= 1024:
+            second += candidates.RINGS
         cases += [Case(shape, tokens, name, "glm_gemm2_sum_n256", 256, 2) for name in first]
-        cases += [Case(shape, tokens, first[0], f"glm_gemm2_sum_{name}", width_, slots) for name, width_, slots in second]
+        cases += [Case(shape, tokens, first[0], f"glm_gemm2_{name}", width_, slots) for name, width_, slots in second]
     if tokens > 2048:
         banded = [("n256", 256, slots, 2048) for slots in (2, 3, 4)]
         banded += [("n128", 128, 3, 4096), ("n128", 128, 4, 4096), ("n128", 256, 3, 2048), ("n256", 512, 2, 2048)]

@@ -173,7 +173,7 @@ constexpr Kernel kernels[] = {
 
 // Barriers, scales and item numbers lie in this many bytes behind the stages; the first stage is aligned to 1024 by hand.
 constexpr int shared_extra = 4096;
-constexpr int ring_extra = 3072;        // the same of glm_gemm2_ring_*, alignment to 1024 included
+constexpr int ring_extra = 2048;        // the same of glm_gemm2_ring_*, alignment to 1024 included
 constexpr int stationary_extra = 3072;  // the same of glm_gemm2_stationary_*, tables and alignment to 512 included
 
 #ifdef __CUDACC__

@@ -48,6 +48,8 @@ class Entry:
             return self.stages * self.stage_bytes + 3072 + self.band * 64 * 4
         if self.family == "prologue":
             return self.stage_bytes
+        if self.family == "gemm2_ring":
+            return self.stages * self.stage_bytes + 2048
         fixed = self.stages * self.stage_bytes + 4096 + 1024
         if self.family != "gemm2_decode":
             return fixed
@@ -177,6 +179,14 @@ def test_machine_code_has_the_instructions_meant(code: dict[str, str]) -> None:
     for source in ("gemm2_prefill.cu", "topk_sum.cu"):
         assert "LDG.E.128.STRONG.GPU" in code[source]
         assert "STG.E.128" in code[source]
+    # Partials through the ring: read 16 bytes at a time, and none loaded from L2; a proxy fence for global memory before
+    # products are told and one after they are seen.
+    for name, body in kernels_of(code["gemm2_prefill.cu"]).items():
+        ring = "_ring_" in name
+        assert ("LDG.E.128.STRONG.GPU" in body) is not ring, name
+        assert (body.count("LDS.128") >= 8) is ring, name
+        assert body.count("FENCE.VIEW.ASYNC.G") == 2 * ring, name
+        assert "STG.E.EF.128" in body, name
     # Sums are added to 16 bytes at a time; of each stage's products one group, which is waited for at the next or at the end.
     stationary = code["gemm2_stationary.cu"]
     assert "QGMMA.64x64x32.F32.E4M3.E4M3" in stationary

@@ -119,6 +119,8 @@ def test_every_kernel_is_launched_as_abi_h_says(row, native: Native, mock: Mock)
         assert launch.shared == 0
     elif row.family == "gemm2_stationary":
         assert launch.shared == row.stages * row.stage_bytes + 4 * 64 * row.band + 3072
+    elif row.family == "gemm2_ring":
+        assert launch.shared == row.stages * row.stage_bytes + 2048
     elif row.family == "prologue":
         assert launch.shared == row.stage_bytes
     else:
@@ -138,10 +140,15 @@ def test_every_kernel_is_launched_as_abi_h_says(row, native: Native, mock: Mock)
         "w2_rows": ([WIDTH, HIDDEN, EXPERTS], [WIDTH, WIDTH * HIDDEN], [128, 128, 1], "w2"),
         "act_steps": ([64, TOKENS * TOP_K, WIDTH // 64], [WIDTH, 64], [64, 8, 3], "act_quantised"),
         "w2_steps": ([64, HIDDEN, WIDTH // 64, EXPERTS], [WIDTH, 64, WIDTH * HIDDEN], [64, 64, 3, 1], "w2"),
+        # Two bytes an element: slices of 512 columns, three slots of 128 tokens' choices.
+        "partial_rows": ([512, 3 * 128 * TOP_K], [1024], [256, 32], "partial"),
     }
+    assert len(row.maps) == [len(argument) for argument in launch.arguments].count(128)
     for index, name in enumerate(row.maps):
         dims, strides, box, member = maps[name]
-        assert launch.tensor_map(index) == {"base": getattr(layer(), member), "dims": dims, "strides": strides, "box": box}
+        found = launch.tensor_map(index)
+        assert found.pop("element_bytes") == (2 if name == "partial_rows" else 1)
+        assert found == {"base": getattr(layer(), member), "dims": dims, "strides": strides, "box": box}
 
 
 # What each argument is, by family, in words of the layer; None: a tensor map.
@@ -158,6 +165,11 @@ EXPECTED = {
         None, None, "act_scales", "w2_scales", "topk_weights", "partial", "local_ids", "out", "rows", "tiles + 3 * max_tiles",
         "counts", "counts + 3", "band_tiles", "tokens_count", "max_tiles", "hidden_size", "intermediate_size", "experts",
         "top_k", "slice", "slots", "band",
+    ),
+    "glm_gemm2_ring_n256": (
+        None, None, None, "act_scales", "w2_scales", "topk_weights", "partial", "local_ids", "out", "rows",
+        "tiles + 3 * max_tiles", "counts", "counts + 3", "band_tiles", "tokens_count", "max_tiles", "hidden_size",
+        "intermediate_size", "experts", "top_k", "slice", "slots", "band",
     ),
     "glm_gemm2_stationary_t640": (
         None, None, "act_scales", "w2_scales", "topk_weights", "out", "rows", "tiles + 3 * max_tiles", "counts", "band_tiles",
@@ -228,6 +240,23 @@ def test_a_map_is_made_once_for_a_pointer_and_shape(native: Native, mock: Mock) 
     other_stride = run(native, "glm_gemm2_sum_n128", mock, w2_stride=2 * WIDTH * HIDDEN)
     assert other_stride.tensor_map(1)["strides"] == [WIDTH, 2 * WIDTH * HIDDEN]
     assert native.cache_stats().misses == before.misses + 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "columns", "rows"),
+    [
+        ({}, 512, 3 * 128 * TOP_K),
+        ({"slice": 256, "slots": 2}, 256, 2 * 128 * TOP_K),
+        ({"band": 0}, 512, 3 * TOKENS * TOP_K),
+        ({"band": 4096}, 512, 3 * TOKENS * TOP_K),  # more than there are: one band of all
+        ({"band": 0, "slots": 1, "slice": HIDDEN, "tokens_count": 1}, HIDDEN, TOP_K),
+    ],
+)
+def test_a_map_of_partial_results_covers_their_slots_and_no_more(
+    native: Native, mock: Mock, changes: dict[str, int], columns: int, rows: int
+) -> None:
+    made = run(native, "glm_gemm2_ring_n128", mock, **changes).tensor_map(2)
+    assert (made["dims"], made["strides"]) == ([columns, rows], [2 * columns])
 
 
 def test_one_weight_may_have_two_kinds_of_maps(native: Native, mock: Mock) -> None:
@@ -336,6 +365,17 @@ def test_an_earlier_kernels_fault_is_told_apart(native: Native, mock: Mock) -> N
         ("glm_gemm2_sum_n128", {"band": 48}, "band 48 must be a multiple of 32 tokens"),
         ("glm_gemm2_sum_n128", {"band": -32}, "band -32 must be a multiple of 32 tokens"),
         ("glm_gemm2_sum_n256", {"band_tiles": 0}, "band_tiles is null"),
+        ("glm_gemm2_ring_n128", {"slice": 128}, "slice 128 must be a multiple of 256; choose glm_gemm2_sum_"),
+        ("glm_gemm2_ring_n256", {"slice": 384}, "slice 384 must be a multiple of 256 and divide hidden_size"),
+        ("glm_gemm2_ring_n256", {"top_k": 6}, "top_k is 6, and this kernel adds up 8 choices; choose glm_gemm2_sum_"),
+        ("glm_gemm2_ring_n256", {"slots": 1}, "slots is 1; two or more"),
+        ("glm_gemm2_ring_n256", {"band": 48}, "band 48 must be a multiple of 32 tokens"),
+        ("glm_gemm2_ring_n128", {"band": 0, "tokens_count": 1 << 27}, "take fewer slots"),
+        ("glm_gemm2_ring_n128", {"partial": 0x1008}, "partial must lie at a multiple of 16 bytes"),
+        ("glm_gemm2_ring_n128", {"local_ids": 0}, "local_ids is null"),
+        ("glm_gemm2_ring_n128", {"w2": 0}, "w2 is null"),
+        ("glm_gemm2_ring_n128", {"act_scales": 0}, "act_scales is null"),
+        ("glm_gemm2_ring_n128", {"out": 0}, "out is null"),
         (
             "glm_gemm2_stationary_t640",
             {"band": 0, "tokens_count": 641},

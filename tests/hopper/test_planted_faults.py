@@ -15,6 +15,13 @@ _STATIONARY = "gemm2_stationary.cu"
 _SPLIT = "gemm1_split.cu"
 _PROLOGUE = "prologue.cu"
 
+# How a lane reads its part of a chunk, and frees it.
+_READ_CHUNK = """                    Vector4 loaded[ring_choices];
+#pragma unroll
+                    for (int i = 0; i < ring_choices; ++i) loaded[i] = load_shared_16(rows + i * partial_row_bytes);
+                    warp_sync();  // every lane has read
+                    if (lane == 0) barrier_arrive(chunk_empty + 8 * chunk.slot);"""
+
 # name, file, kernel, text, what it becomes
 _FAULTS = [
     (
@@ -225,6 +232,62 @@ _FAULTS = [
         "barrier_wait(item_full",
         "if (0) barrier_wait(item_full",
     ),
+    *(
+        (name, _GEMM2, "glm_gemm2_ring_n256", text, other)
+        for name, text, other in (
+            ("products acquired without a proxy fence", "                    fence_proxy_async_global();\n", ""),
+            (
+                "copies of products that are not finished",
+                "                    acquire_at_least(gemms_done + phase, tiles_of(band) * (p.slice / COLUMNS));\n"
+                "                    fence_proxy_async_global();",
+                "                    fence_proxy_async_global();",
+            ),
+            (
+                "a chunk waited for in the wrong phase",
+                "barrier_wait(chunk_full + 8 * chunk.slot, chunk.parity)",
+                "barrier_wait(chunk_full + 8 * chunk.slot, chunk.parity ^ 1)",
+            ),
+            ("a chunk copied over one that is read", "barrier_wait(chunk_empty", "if (0) barrier_wait(chunk_empty"),
+            (
+                "a chunk freed before every lane has read",
+                "                    warp_sync();  // every lane has read\n                    if (lane == 0)",
+                "                    if (lane == 0)",
+            ),
+            (
+                "a chunk freed before it is read",
+                _READ_CHUNK,
+                _READ_CHUNK.splitlines()[-1] + "\n" + "\n".join(_READ_CHUNK.splitlines()[:-1]),
+            ),
+            (
+                "half of a chunk's bytes expected",
+                "chunk_full + 8 * chunk.slot, partials_bytes",
+                "chunk_full + 8 * chunk.slot, partials_bytes / 2",
+            ),
+            (
+                "the ids of the next token",
+                "* chunk_tokens + warp;\n                const bool here",
+                "* chunk_tokens + (warp + 1) % 4;\n                const bool here",
+            ),
+            (
+                "choices that are not there added",
+                "low_bf16(loaded[choice].word[word] & keep)",
+                "low_bf16(loaded[choice].word[word])",
+            ),
+            ("the choices of a group's neighbour", "valid >> group * ring_choices", "valid >> (group ^ 1) * ring_choices"),
+            ("a token past the last stored", "if (token < p.tokens) store_last_16(target", "store_last_16(target"),
+            ("a chunk out of the first slot", "phase % p.slots * band_pairs", "0 * band_pairs"),
+            ("a band's chunks at the rows of the first", "- band * band_pairs;", ";"),
+            ("partials told before they are read", "barrier_wait(sum_read", "if (0) barrier_wait(sum_read"),
+            ("partials never told", "release_add(sums_done + number", "if (0) release_add(sums_done + number"),
+            ("an item's place filled before it is told", "barrier_wait(sum_empty", "if (0) barrier_wait(sum_empty"),
+            (
+                "an item never said to be read",
+                "            if (lane == 0) barrier_arrive(sum_read + 8 * sum_position.slot);\n"
+                "            sum_position.advance();\n        }\n    } else {",
+                "            sum_position.advance();\n        }\n    } else {",
+            ),
+        )
+    ),
     (
         "scales read before they are written",
         _DECODE1,
@@ -397,6 +460,8 @@ def _options(kernel: str, seed: int) -> dict[str, int]:
         shared = {"experts": 3, "grid": 2}
         return {**shared, **({"tokens": 660}, {"tokens": 60, "width": 768, "top_k": 8}, {"tokens": 130, "skew": 1})[seed % 3]}
     shared = {"tokens": 150, "hidden": 512, "slice": 128, "slots": 2, "experts": 2}
+    if "_ring_" in kernel:  # four slices, so that slots are used again, and a last item of one token
+        shared |= {"tokens": 97, "hidden": 1024, "slice": 256, "top_k": 8}
     banded = {2: {"band": 64, "grid": 2}, 3: {"band": 32, "grid": 4, "silent": 0b110}}
     if "_split" in kernel:
         return {**shared, "grid": 9 if seed % 2 else 2}

@@ -26,6 +26,11 @@ _CASES = [
     (40, 192, 4, 4, "triton", "glm_gemm2_sum_n256", "bad"),
     (33, 384, 3, 6, "triton", "glm_gemm2_sum_n128", "spread"),
     (17, 192, 4, 4, "triton", "glm_gemm2_decode_t16", "spread"),
+    # Partials through a ring in shared memory: some in two bands, the last of 8 tokens; rows of two widths.
+    (136, 192, 9, 9, "glm_gemm1_row_c1", "glm_gemm2_ring_n256", "bad", 128, 8),
+    (70, 192, 8, 16, "triton", "glm_gemm2_ring_n128", "spread", 0, 8),
+    (33, 384, 9, 9, "glm_gemm1_columns_c1", "glm_gemm2_ring_n256", "skewed", 0, 8),
+    (136, 192, 8, 16, "glm_gemm1_row_split", "glm_gemm2_ring_n128", "collapsed", 128, 8, "native"),
     # Sums in shared memory; the first in two bands, the last of 8 tokens.
     (520, 192, 9, 9, "glm_gemm1_row_c1", "glm_gemm2_stationary_t512", "bad", 512, 2),
     (33, 384, 3, 6, "glm_gemm1_columns_c1", "glm_gemm2_stationary_t640", "spread"),

@@ -7,6 +7,7 @@ the rest:
     many tokens, intermediate_size 192   gemm1_row · gemm2_sum
     many tokens, wider                   gemm1_columns · (Triton) requantise · gemm2_sum
     many tokens, by name only            the same GEMM1 · gemm2_stationary, which has no partials
+                                         the same GEMM1 · gemm2_ring, which reads partials through shared memory
     few tokens                           gemm1_decode · gemm2_decode · topk_sum
 
 GEMM1 may also be Triton's, before either of the two ways of GEMM2 (HopperConfig.gemm1 "triton").
@@ -40,7 +41,10 @@ NARROW_TOKENS = 2048  # up to which GEMM2 with the sum takes slices of 128 colum
 SUM_TOKENS = 32  # of one sum item of glm_gemm2_sum_*
 DECODE_WIDTH = 1536  # the widest rows that glm_gemm2_decode_* holds
 TRITON = "triton"  # as HopperConfig.gemm1 and .prologue
-MANY = (Family.GEMM2, Family.GEMM2_STATIONARY)  # GEMM2 with the sum, for many tokens
+SLICED = (Family.GEMM2, Family.GEMM2_RING)  # GEMM2 with the sum by slices of columns, whose partials lie in memory
+MANY = (*SLICED, Family.GEMM2_STATIONARY)  # GEMM2 with the sum, for many tokens
+RING_TOP_K = 8  # the choices that glm_gemm2_ring_* adds up; abi.h's ring_choices
+RING_COLUMNS = 256  # of which its slices are a multiple; abi.h's ring_columns
 PROLOGUES = (TRITON, "native", "native_c1", "native_c8")
 PROLOGUE_EXPERTS = 511  # the most that glm_prologue_* counts; abi.h's prologue_experts
 
@@ -49,7 +53,8 @@ PROLOGUE_EXPERTS = 511  # the most that glm_prologue_* counts; abi.h's prologue_
 class HopperConfig:
     """Kernels by name. `slice` × `band`: columns × tokens whose partials exist at once, a phase; slice is a power of two; band
     0, or no less than the tokens there are, means all of them; `slots`: phases in flight; the three for
-    glm_gemm2_sum_* only: glm_gemm2_stationary_* has no use for the first two, and its band, if given, is its own.
+    glm_gemm2_sum_* and glm_gemm2_ring_* only: glm_gemm2_stationary_* has no use for the first two, and its band, if given, is
+    its own.
     `programmatic`: a kernel that knows how may start while the one before it ends, be that one of the prologue.
     `weight_promotion`: bytes that L2 fetches at once for weights, 128 or 256. `prologue`: "triton" or "native", whose routing
     is done by one block or a cluster as the pairs are few or many; "native_c1" and "native_c8" take either for any number.
@@ -166,9 +171,14 @@ def triton_config(problem: Problem, config: HopperConfig, native: Native) -> Con
         raise HopperError(
             f"HopperConfig(band={config.band}) does not fit {second.name}, whose band is {second.band} tokens; leave band out."
         )
+    if second.family is Family.GEMM2_RING and (problem.top_k != RING_TOP_K or config.slice % RING_COLUMNS):
+        raise HopperError(
+            f"{second.name} adds up {RING_TOP_K} choices a token of slices that are a multiple of {RING_COLUMNS} columns, and"
+            f" there are {problem.top_k} choices and slices of {config.slice}; choose glm_gemm2_sum_n{second.tile_columns}."
+        )
     # The tiles of Triton's GEMM1 are those that were fastest at 8192 and 64 tokens on an H100 (moe/tuned).
     if second.family in MANY and (first is None or first.family is Family.GEMM1):
-        if second.family is Family.GEMM2:
+        if second.family in SLICED:
             gemm2 = Gemm2("fused", second.tile_rows, strip=128, slice=config.slice, slots=config.slots, requantise=True)
         else:
             gemm2 = Gemm2("stationary", second.tile_rows, requantise=True, band=second.band)

@@ -6,13 +6,27 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ..problem import Problem
-from .backend import DECODE_ROWS, DECODE_WIDTH, ROW_WIDTH, TRITON, HopperConfig, default_of_many
+from .backend import DECODE_ROWS, DECODE_WIDTH, RING_TOP_K, ROW_WIDTH, TRITON, HopperConfig, default_of_many
 from .native import Family, Native
 
 Stage = Callable[[HopperConfig], list[HopperConfig]]
 """The next configurations to time, from the fastest of the stages before."""
 FEWEST_ROWS = 12  # an expert's average from which the kernels for many tokens are tried
-SLICES = (("n128", 128, 2), ("n128", 128, 3), ("n128", 256, 2), ("n256", 256, 2), ("n256", 512, 2), ("n256", 1024, 2))
+SLICES = (
+    ("sum_n128", 128, 2),
+    ("sum_n128", 128, 3),
+    ("sum_n128", 256, 2),
+    ("sum_n256", 256, 2),
+    ("sum_n256", 512, 2),
+    ("sum_n256", 1024, 2),
+)
+RINGS = tuple((f"ring_{name}", width, slots) for name in ("n128", "n256") for width, slots in ((256, 2), (256, 3), (512, 2)))
+
+
+def slices(problem: Problem) -> list[tuple[str, int, int]]:
+    """(kernel, columns of a slice, slots) of GEMM2 by slices worth trying. kernel: without glm_gemm2_."""
+    found = SLICES + RINGS if problem.top_k == RING_TOP_K else SLICES
+    return [sliced for sliced in found if problem.hidden_size % sliced[1] == 0]
 
 
 def heights(density: float) -> list[int]:
@@ -35,10 +49,9 @@ def families(problem: Problem, native: Native) -> list[tuple[list[HopperConfig],
             return [replace(best, gemm1=name) for name in (TRITON, *names)]
 
         def second_gemms(best: HopperConfig) -> list[HopperConfig]:
-            sums = [
-                (f"glm_gemm2_sum_{name}", width, slots) for name, width, slots in SLICES if problem.hidden_size % width == 0
+            tried = [
+                replace(best, gemm2=f"glm_gemm2_{name}", slice=width, slots=slots) for name, width, slots in slices(problem)
             ]
-            tried = [replace(best, gemm2=name, slice=width, slots=slots) for name, width, slots in sums]
             names = [kernel.name for kernel in native.kernels if kernel.family is Family.GEMM2_STATIONARY]
             return tried + [replace(best, gemm2=name) for name in names]
 

@@ -24,6 +24,7 @@ class Family(enum.IntEnum):
     SUM = 4
     GEMM2_STATIONARY = 5
     PROLOGUE = 6
+    GEMM2_RING = 7
 
 
 @dataclass(frozen=True)
