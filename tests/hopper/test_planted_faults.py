@@ -268,11 +268,6 @@ _FAULTS = [
                 "* chunk_tokens + warp;\n                const bool here",
                 "* chunk_tokens + (warp + 1) % 4;\n                const bool here",
             ),
-            (
-                "choices that are not there added",
-                "low_bf16(loaded[choice].word[word] & keep)",
-                "low_bf16(loaded[choice].word[word])",
-            ),
             ("the choices of a group's neighbour", "valid >> group * ring_choices", "valid >> (group ^ 1) * ring_choices"),
             ("a token past the last stored", "if (token < p.tokens) store_last_16(target", "store_last_16(target"),
             ("a chunk out of the first slot", "phase % p.slots * band_pairs", "0 * band_pairs"),
@@ -287,6 +282,13 @@ _FAULTS = [
                 "            sum_position.advance();\n        }\n    } else {",
             ),
         )
+    ),
+    (
+        "choices that are not there added",
+        "sum.cuh",
+        "glm_gemm2_ring_n256",
+        "low_bf16(loaded[choice].word[word] & keep)",
+        "low_bf16(loaded[choice].word[word])",
     ),
     (
         "scales read before they are written",
@@ -460,9 +462,12 @@ def _options(kernel: str, seed: int) -> dict[str, int]:
         shared = {"experts": 3, "grid": 2}
         return {**shared, **({"tokens": 660}, {"tokens": 60, "width": 768, "top_k": 8}, {"tokens": 130, "skew": 1})[seed % 3]}
     shared = {"tokens": 150, "hidden": 512, "slice": 128, "slots": 2, "experts": 2}
-    if "_ring_" in kernel:  # four slices, so that slots are used again, and a last item of one token
-        shared |= {"tokens": 97, "hidden": 1024, "slice": 256, "top_k": 8}
     banded = {2: {"band": 64, "grid": 2}, 3: {"band": 32, "grid": 4, "silent": 0b110}}
+    if "_ring_" in kernel:
+        # Four slices, so that slots are used again, and a last item of one token. In every fourth, items of one chunk that wait
+        # for no products, and more of them than a block may have under way.
+        shared |= {"tokens": 97, "hidden": 1024, "slice": 256, "top_k": 8}
+        banded[0] = {"tokens": 4, "hidden": 2560, "slots": 10, "grid": 1, "invalid": 100}
     if "_split" in kernel:
         return {**shared, "grid": 9 if seed % 2 else 2}
     return {**shared, **banded.get(seed % 4, {"grid": 2})}
@@ -474,6 +479,8 @@ def _source_of(kernel: str, file: str) -> str:
         return _PROLOGUE
     if "_stationary_" in kernel:
         return _STATIONARY
+    if "_ring_" in kernel:
+        return _GEMM2
     return _GEMM1 if kernel.endswith(("_c1", "_c2")) else file
 
 

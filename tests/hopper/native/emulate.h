@@ -4,7 +4,8 @@
 // drawn from a seed. Copies (cp.async, TMA) poison their target when they are issued, and read and land at a random later moment;
 // wgmma reads shared memory at issue or only at the wait that retires it, and its accumulators hold NaN in between. So a
 // wrong phase, an early reuse or a missing wait shows as a wrong result, a deadlock is reported with who waits for what,
-// and accesses outside shared memory, wrong alignments and missing proxy fences stop the run with a message.
+// and accesses outside shared memory, wrong alignments and missing proxy fences stop the run with a message; but what TMA reads
+// without a proxy fence since it was stored in global memory comes as poison, since a box may have what nobody uses.
 #pragma once
 
 #include <functional>
