@@ -37,6 +37,7 @@ from vllm_glm_patch.moe.problem import GLM_SHAPES as SHAPES  # noqa: E402
 
 PACKAGE = ROOT / "vllm_glm_patch"
 SEED = 20261125
+PATIENCE = 40.0  # seconds for a case before it counts as hanging
 
 
 @dataclass(frozen=True)
@@ -449,7 +450,7 @@ class Child:
 
 
 def run_cases(
-    words: list[str], cases: list[Case], log: Path, end: float, limit: float = 40.0
+    words: list[str], cases: list[Case], log: Path, end: float, limit: float = PATIENCE
 ) -> Iterator[tuple[Case, dict[str, Any]]]:
     """Results in order; a new child, started by `words`, after each one that hung, died or was wrong. Stops asking at `end`."""
     child: Child | None = None
@@ -489,6 +490,7 @@ def main() -> int:
     parser.add_argument("--shapes", default="TP8")
     parser.add_argument("--tokens", default="8192,1024,64,8,1")
     parser.add_argument("--seconds", type=float, default=420.0)
+    parser.add_argument("--patience", type=float, default=PATIENCE, help="seconds for a case before it counts as hanging")
     parser.add_argument("--work", choices=("check", "time"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
@@ -510,7 +512,7 @@ def main() -> int:
     bad = 0
     summary = []
     words = [sys.executable, __file__, "--work", "check" if options.check else "time"]
-    for case, result in run_cases(words, cases, options.out / "child.log", start + options.seconds):
+    for case, result in run_cases(words, cases, options.out / "child.log", start + options.seconds, options.patience):
         data.write(json.dumps({**dataclasses.asdict(case), **result}) + "\n")
         data.flush()
         if "error" in result:

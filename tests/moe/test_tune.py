@@ -134,6 +134,12 @@ def test_no_candidate_at_8192_tokens_needs_more_than_140_mb() -> None:
     assert max(layout(problem, Config(gemm1=Gemm1("row"), gemm2=gemm2)).total for gemm2, _ in found) <= 140e6
 
 
+def test_wider_experts_may_have_their_activations_beside() -> None:
+    narrow, wide = Problem(8192), Problem(8192, intermediate_size=384)
+    assert tune.workspace_limit(narrow, H100) == 140e6
+    assert tune.workspace_limit(wide, H100) == 140e6 + 65536 * 192 * 3
+
+
 def test_a_table_keeps_what_earlier_runs_found(tmp_path) -> None:
     path = tmp_path / "card.json"
     for tokens in (64, 8, 1024):

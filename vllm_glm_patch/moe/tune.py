@@ -38,7 +38,7 @@ from .dispatch import (
 )
 from .hopper import backend as hopper
 from .hopper import candidates
-from .hopper.backend import HopperConfig
+from .hopper.backend import ROW_WIDTH, HopperConfig
 from .hopper.library import loader
 from .hopper.native import Native
 from .pipeline import Pass, Tensors, compile_only
@@ -55,14 +55,16 @@ KINDS = ("triton", "hopper")
 # Most error against the reference with the same FP8 steps. What is left is the bf16 of activations, partials and output,
 # which moves some values by one FP8 step: 0.011 – 0.025 on an H100 (benchmarks/results/moe-check-h100.json).
 TOLERANCE = 0.03
-# Most workspace of one pass up to 8192 tokens, in bytes; longer passes get as much for each token.
+# Most workspace of one pass up to 8192 tokens of TP8, in bytes; longer passes get as much for each token, and wider experts
+# what their activations, in bf16 and FP8, take more.
 WORKSPACE_BYTES = 140_000_000
 
 
 def workspace_limit(problem: Problem, card: Card) -> float:
     """Bytes a tuned configuration may need: WORKSPACE_BYTES, or what the rules of thumb need where that is more."""
     own = layout(problem, default_config(problem, card)).total
-    return max(own, WORKSPACE_BYTES * max(1.0, problem.tokens / 8192))
+    wider = 3 * problem.pairs * max(0, problem.intermediate_size - ROW_WIDTH)
+    return max(own, WORKSPACE_BYTES * max(1.0, problem.tokens / 8192) + wider)
 
 
 def pair_candidates(problem: Problem) -> list[Config]:
