@@ -400,8 +400,8 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Tenso
             if (number == no_more) break;
             const int slice = number / sum_blocks, first_token = number % sum_blocks * sum_tokens;
             const int groups = chunk_groups(first_token);
-            // Which choices of this warp's tokens are there, one token of every group: a lane looks at one choice of four groups
-            // at a time, while the item's first chunks are still on their way.
+            // Which choices are there, of this warp's token of every group: a lane looks at one choice of four groups at a time,
+            // while the item's first chunks are still on their way.
             u64 valid = 0;
 #pragma unroll
             for (int group = 0; group < sum_tokens / chunk_tokens; group += 32 / ring_choices) {

@@ -83,8 +83,8 @@ Result encode(const Driver& driver, const MapKey& key, TensorMap* out, std::stri
   const int swizzle = !bytes ? kSwizzleNone : box[0] == 64 ? kSwizzle64 : kSwizzle128;
   alignas(128) TensorMap made;  // cuda.h asks for 64 in CUDA 12, for 128 in 13
   const Result result =
-      driver.encode_tiled(&made, bytes ? kUint8 : kUint16, unsigned(shape->rank), const_cast<void*>(std::get<const void*>(key)), extents.dims,
-                          extents.strides, box, ones, kInterleaveNone, swizzle, promotion, kFillZeros);
+      driver.encode_tiled(&made, bytes ? kUint8 : kUint16, unsigned(shape->rank), const_cast<void*>(std::get<const void*>(key)),
+                          extents.dims, extents.strides, box, ones, kInterleaveNone, swizzle, promotion, kFillZeros);
   if (result != kSuccess)
     *error = describe(key, *shape) + ": " + driver.text_of(result);
   else

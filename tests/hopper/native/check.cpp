@@ -394,8 +394,9 @@ bool check_gemm2(Problem& p) {
     const long long k = p.hidden, n = p.width;
     const emulate::MapFields act_fields{act.data, 2, {n, p.pairs}, {0, n}, {128, 128}};
     const emulate::MapFields w2_fields{check.w2.data, 3, {n, k, p.experts}, {0, n, n * k}, {128, 128, 1}};
+    const long long partial_rows = static_cast<long long>(slots) * p.band * p.top_k;
     const emulate::MapFields partial_fields{
-        reinterpret_cast<u8*>(partial.data), 2, {slice, static_cast<long long>(slots) * p.band * p.top_k}, {0, 2 * slice}, {256, 32}, 2};
+        reinterpret_cast<u8*>(partial.data), 2, {slice, partial_rows}, {0, 2 * slice}, {256, 32}, 2};
     const TensorMap act_map = emulate::encode(&act_fields), w2_map = emulate::encode(&w2_fields);
     const TensorMap partial_map = emulate::encode(&partial_fields);
     const std::string name = p.kernel.name;

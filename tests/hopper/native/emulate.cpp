@@ -281,7 +281,8 @@ void copy_tensor_box(u32 blocks, u32 target, const TensorMap& map, u32 barrier, 
     const bool swizzled = m.element_bytes == 1;
     const u32 width = m.box[0] * m.element_bytes, aligned = swizzled ? 8 * width : 128;
     const i64 first = static_cast<i64>(corner[0]) * m.element_bytes, inside_row = m.dims[0] * m.element_bytes;
-    if ((swizzled && width != 64 && width != 128) || width % 16 || first % 16) fail("inner box of %u bytes at %lld", width, first);
+    const bool known = swizzled ? width == 64 || width == 128 : width % 16 == 0;
+    if (!known || first % 16) fail("inner box of %u bytes at %lld", width, first);
     if (target % aligned) fail("a box at shared address %u, want a multiple of %u", target, aligned);
     u32 rows = 1;
     for (int i = 1; i < m.rank; ++i) rows *= m.box[i];

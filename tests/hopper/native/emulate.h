@@ -1,7 +1,7 @@
 // The device for a CPU: what csrc/hopper/platform.cuh and its neighbours declare, run by fibres of one thread.
 //
 // A launch runs the kernel's own source. Every CUDA thread is a fibre; whenever it waits, another one goes on, in an order
-// drawn from a seed. Copies (cp.async, TMA) poison their target when they are issued, and read and land at a random later moment;
+// drawn from a seed. Copies (cp.async, TMA) poison their target when they are issued; they read and land at a random later moment;
 // wgmma reads shared memory at issue or only at the wait that retires it, and its accumulators hold NaN in between. So a
 // wrong phase, an early reuse or a missing wait shows as a wrong result, a deadlock is reported with who waits for what,
 // and accesses outside shared memory, wrong alignments and missing proxy fences stop the run with a message; but what TMA reads

@@ -192,7 +192,8 @@ MOCK int cuTensorMapEncodeTiled(void* map, int type, unsigned rank, void* base, 
   if (int failed = called("cuTensorMapEncodeTiled")) return failed;
   if (reinterpret_cast<uintptr_t>(map) % 128) violate("a tensor map that is not at a multiple of 128 bytes");
   // UINT8 in the swizzle of its box, or UINT16 in none.
-  if (type > 1 || interleave || swizzle != (type ? 0 : box[0] == 64 ? 2 : 3) || promotion < 2 || promotion > 3 || fill) return kInvalidValue;
+  const int wanted = type ? 0 : box[0] == 64 ? 2 : 3;
+  if (type > 1 || interleave || swizzle != wanted || promotion < 2 || promotion > 3 || fill) return kInvalidValue;
   uint64_t words[16] = {reinterpret_cast<uintptr_t>(base), rank | uint64_t(promotion) << 8 | uint64_t(type + 1) << 16};
   for (unsigned i = 0; i < rank; ++i) {
     if (!dims[i] || !box[i] || box[i] > 256 || ones[i] != 1) return kInvalidValue;
