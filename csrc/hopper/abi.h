@@ -73,7 +73,8 @@ constexpr MapShape map_shapes[] = {
 //     TensorMap act_rows, TensorMap w2_rows, TensorMap partial_rows, const float* act_scales [P],
 //     const float* w2_scales [E, K], const float* topk_weights [P], bf16* partial [slots, band · top_k, slice],
 //     const int* local_ids [P], bf16* out [M, K], const int* rows [P], const int* tiles, const int* counts, int* counters,
-//     const int* band_tiles, int tokens, int max_tiles, int hidden_size, int intermediate_size, int experts, int top_k, int slice, int slots, int band
+//     const int* band_tiles, int tokens, int max_tiles, int hidden_size, int intermediate_size, int experts, int top_k,
+//     int slice, int slots, int band
 //     all: as of gemm2.
 // Family::gemm2_stationary (glm_gemm2_stationary_*): GEMM2 and the top-k sum in one launch, the sums in shared memory.
 //     TensorMap act_steps, TensorMap w2_steps, const float* act_scales [P], const float* w2_scales [E, K],

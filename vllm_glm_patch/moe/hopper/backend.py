@@ -7,7 +7,7 @@ the rest:
     many tokens, intermediate_size 192   gemm1_row · gemm2_sum
     many tokens, wider                   gemm1_columns · (Triton) requantise · gemm2_sum
     many tokens, by name only            the same GEMM1 · gemm2_stationary, which has no partials
-                                         the same GEMM1 · gemm2_ring, which reads partials through shared memory
+    many tokens, by name or a table      the same GEMM1 · gemm2_ring, which reads partials through shared memory
     few tokens                           gemm1_decode · gemm2_decode · topk_sum
 
 GEMM1 may also be Triton's, before either of the two ways of GEMM2 (HopperConfig.gemm1 "triton").
