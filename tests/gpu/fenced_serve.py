@@ -7,17 +7,19 @@ A length given more than once is asked with another prompt each time: 8192 token
 rows are no multiple of 16, which one prompt in 16 spares in a model with one MoE layer.
 SERVER is a name and its environment: `upstream:VLLM_GLM_PATCH=0`, `patched`. A server named plain-... has no fence.
 --launches waits for every launch, so that the one that faults is named also where the driver writes no core dump.
-Writes answers, start-up time, tokens a second of a short decode, and the fence's report.
+Writes answers, start-up time, tokens a second of a short decode, the fence's report; after each answer what there is so far.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import copy
 import importlib.metadata
 import json
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,23 @@ from vllm_glm_patch.fence import Options, command, dumping, xid
 from vllm_glm_patch.fence.report import FaultReport, reports
 
 
-def serve(text: str, arguments: argparse.Namespace, logs: Path) -> dict[str, Any]:
+class Result:
+    """The file of all servers, written again whenever one has something new: a session on a card may end at any time."""
+
+    def __init__(self, file: Path, facts: dict[str, Any]) -> None:
+        self._file, self._facts, self._lock = file, facts, threading.Lock()
+        self._rows: dict[str, dict[str, Any]] = {}
+
+    def put(self, row: dict[str, Any]) -> None:
+        """What is known of a server by now. Copied, since its thread goes on with it."""
+        copied = copy.deepcopy(row)
+        with self._lock:
+            self._rows[row["server"]] = copied
+            content = json.dumps({**self._facts, "servers": list(self._rows.values())}, indent=1, default=str)
+            self._file.write_text(content + "\n")
+
+
+def serve(text: str, arguments: argparse.Namespace, logs: Path, result: Result) -> None:
     name, _, settings = text.partition(":")
     environment = dict(pair.split("=", 1) for pair in settings.split(",") if pair)
     folder = logs / f"fence-{name}"
@@ -41,6 +59,7 @@ def serve(text: str, arguments: argparse.Namespace, logs: Path) -> dict[str, Any
     log = xid.KernelLog()
     server = Server(name, arguments.model, arguments.flags, environment, logs)
     row: dict[str, Any] = {"server": name, "fence": not name.startswith("plain"), "command": server.command, "answers": {}}
+    row["environment"] = settings
     try:
         row["start_seconds"] = round(server.wait_until_ready(400), 1)
         lengths = [int(length) for length in arguments.lengths.split(",")]
@@ -49,6 +68,8 @@ def serve(text: str, arguments: argparse.Namespace, logs: Path) -> dict[str, Any
             asked = f"{length} #{before + 1}" if lengths.count(length) > 1 else str(length)
             row["answers"][asked] = server.ask(prompt_of(length, before), arguments.model)
             print(name, asked, row["answers"][asked], flush=True)
+            row["log"] = server.lines(*TELLING)
+            result.put(row)
             if row["answers"][asked]["outcome"] == "died":
                 break
         else:
@@ -66,7 +87,7 @@ def serve(text: str, arguments: argparse.Namespace, logs: Path) -> dict[str, Any
     row["kernel_log"] = log.problem or [fault.line for fault in log.faults()]
     log.close()
     print(*row["log"], *[r["text"] for r in row["reports"]], sep="\n", flush=True)
-    return row
+    result.put(row)
 
 
 def _wait_for_dumps(folder: Path) -> float:
@@ -94,14 +115,15 @@ def main() -> None:
     parser.add_argument("--stagger", type=float, default=60)
     arguments = parser.parse_args()
     logs = arguments.out.parent.resolve()
-    result = {"vllm": importlib.metadata.version("vllm"), "flags": arguments.flags, **children.run(children.machine)}
+    facts = {"vllm": importlib.metadata.version("vllm"), "flags": arguments.flags, **children.run(children.machine)}
+    result = Result(arguments.out, facts)
     with concurrent.futures.ThreadPoolExecutor(len(arguments.servers)) as pool:
         running = []
         for text in arguments.servers:
-            running.append(pool.submit(serve, text, arguments, logs))
+            running.append(pool.submit(serve, text, arguments, logs, result))
             time.sleep(arguments.stagger)
-        result["servers"] = [one.result() for one in running]
-    arguments.out.write_text(json.dumps(result, indent=1, default=str) + "\n")
+        for one in running:
+            one.result()
 
 
 if __name__ == "__main__":

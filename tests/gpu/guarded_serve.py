@@ -80,9 +80,12 @@ class Server:
         started = time.time()
         try:
             with urllib.request.urlopen(request, timeout=120) as response:
-                logprobs = json.load(response)["choices"][0]["logprobs"]
+                answered = json.load(response)
         except (OSError, urllib.error.HTTPError) as error:
             return {"outcome": "died", "text": str(error)}
+        if "choices" not in answered:  # 0.14.1 says with status 200 that its engine has died
+            return {"outcome": "died", "text": json.dumps(answered)[:300]}
+        logprobs = answered["choices"][0]["logprobs"]
         return {
             "outcome": "answered", "seconds": round(time.time() - started, 3), "tokens": logprobs["tokens"],
             "logprobs": logprobs["token_logprobs"],

@@ -99,7 +99,7 @@ def test_the_users_table_goes_before_the_packages(tmp_path: Path) -> None:
 
 
 ON_H100 = {("TP4", 4096), ("TP4", 8192), ("TP4", 16384), ("TP2", 8192)}
-LEFT_TO_UPSTREAM = {H100: ON_H100, H800: ON_H100, H200: {("TP4", 8192), ("TP4", 16384)}}
+LEFT_TO_UPSTREAM = {H100: ON_H100, H800: ON_H100}
 """Of the counts below, where vLLM's kernel was the faster one on that card (benchmarks/results/kernel-*.json)."""
 
 
