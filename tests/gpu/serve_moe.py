@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
 """`vllm serve` with vLLM's own MoE kernel and with the fused one: who serves what, memory, and greedy answers compared.
 
-    serve_moe.py OUT.json [--model FOLDER] [--flags "..."] [--tables FOLDER] [--serial]    any vLLM on the Python path
+    serve_moe.py OUT.json [--model FOLDER] [--flags "..."] [--tables FOLDER] [--serial | --unprofiled]
 
 Four servers of a 4-layer model of one TP8 rank's shapes, its weights made on the device:
   upstream, patched                two at a time on one card, KV cache of a fixed size: 20 prompts each, greedy; with --serial
-                                   one by one: vLLM does not start where another program frees memory while it profiles
+                                   one by one: vLLM does not start where another program frees memory while it profiles;
+                                   with --unprofiled at once, beside whatever else the card does: vLLM 0.11 and later can be
+                                   told the size of its KV cache, and then profiles no memory
   upstream-memory, patched-memory  one after the other, without --num-gpu-blocks-override: stopped once the size of the
                                    KV cache is in the log
 
@@ -39,6 +41,7 @@ from guarded_serve import Server, prompt_of
 ROOT = Path(__file__).parents[2]
 FLAGS = "--enforce-eager --enable-chunked-prefill --max-num-batched-tokens 8192 --max-model-len 20000"
 SHARED = "--gpu-memory-utilization 0.45 --num-gpu-blocks-override 2000"
+UNPROFILED = "--gpu-memory-utilization 0.1 --kv-cache-memory-bytes 4000000000"
 ALONE = "--gpu-memory-utilization 0.6"
 LENGTHS = (1, 2, 3, 7, 16, 31, 32, 33, 64, 65, 127, 128, 500, 1024, 2047, 4096, 8190, 8191, 8192, 8193)
 ANSWER = 24
@@ -160,7 +163,9 @@ def main() -> None:
     parser.add_argument("--tables", default="", help="VLLM_GLM_PATCH_TUNED_DIR of the patched servers")
     parser.add_argument("--backend", default="auto", help="VLLM_GLM_PATCH_MOE of the patched servers")
     parser.add_argument("--only", default="", help="names of servers to run, separated by commas")
-    parser.add_argument("--serial", action="store_true", help="upstream and patched one after the other")
+    order = parser.add_mutually_exclusive_group()
+    order.add_argument("--serial", action="store_true", help="upstream and patched one after the other")
+    order.add_argument("--unprofiled", action="store_true", help="both at once, with a KV cache whose size they are told")
     parser.add_argument("--stagger", type=float, default=40, help="seconds between two starts: profiling must not overlap")
     arguments = parser.parse_args()
     logs = arguments.out.parent.resolve()
@@ -182,14 +187,15 @@ def main() -> None:
             n for n in (*sides, "upstream-memory", "patched-memory") if not arguments.only or n in arguments.only.split(",")
         ]
         rows = []
+        cache = UNPROFILED if arguments.unprofiled else SHARED
         with ThreadPoolExecutor(2) as pool:
             running = []
             for name in [n for n in wanted if n in sides]:
-                running.append(pool.submit(serve, name, arguments, SHARED, sides[name], logs))
+                running.append(pool.submit(serve, name, arguments, cache, sides[name], logs))
                 if arguments.serial:
                     running[-1].result()
                 elif len(running) == 1:
-                    time.sleep(arguments.stagger)
+                    time.sleep(1 if arguments.unprofiled else arguments.stagger)
             rows = [one.result() for one in running]
         for name in [n for n in wanted if n.endswith("-memory")]:
             rows.append(serve(name, arguments, ALONE, sides[name.split("-")[0]], logs))

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Much in little time on a card that has nothing but CUDA and PyTorch 2.11: what needs no card to itself runs side by side.
-# The archives are made as ../shared/gpu/bundle_vllm.py and bundle_own_torch.py make them, the wheel by `python -m build`.
+# archives.sh makes the archives and the wheel.
 #   session_quick.sh setup WHEEL ARCHIVE  install wheel and vLLM 0.26.0, copy this tree to /tmp/tree with the wheel's native
 #                                         parts, compile vLLM's Python beside (20 s)
+#   session_quick.sh part NAME [SITE]     keep what a call carried as .carry/pNAME-00 …, a part of an archive each, in /tmp/pNAME; with
+#                                         SITE, at the last one, `unpack` it in the background
 #   session_quick.sh unpack FOLDER [SITE] a vLLM with its own PyTorch, from its parts in FOLDER, into SITE, /tmp/site101 (10 s)
 #   session_quick.sh lane CARD STEP...    steps in the background on one card of several; what they say: /tmp/o/lane-CARD/log.
 #                                         Each card has tables of its own, /tmp/tuned-CARD
@@ -15,7 +17,8 @@
 #     layer     the layer against vLLM's three backends, SHAPES at COUNTS, by the tables and by BACKENDS (25 s a shape)
 #     patches   bad ids, equal bits, cost of the patches (60 s)
 #     profile   Nsight Compute on the kernels named by KERNELS at TOKENS (30 s)
-#     moe       `vllm serve` with vLLM's MoE kernel and the fused one (5 minutes)
+#     moe       `vllm serve` with vLLM's MoE kernel and the fused one, greedy answers compared (90 s; may run beside checks), with
+#               MOE_FLAGS=--serial the size of the KV cache as well (5 minutes)
 #     planted   an over-read whose core dump the driver does not write, named launch by launch (20 s)
 #     fence101  the reported flags under the fence, unpatched, alone on the card, launch by launch (4 minutes)
 #     epilogue  the grouped GEMM with upstream's and the corrected epilogue, scales before an unmapped page; EPILOGUE is the folder
@@ -23,9 +26,11 @@
 #     fence26   the same release plain and under the fence, for the overhead (2 minutes)
 #     sanitize  compute-sanitizer over the checks of both backends, PyTorch's caching off: memcheck, and racecheck for the native
 #               kernels (SANITIZE seconds each; a check that has not begun by then is left out)
-#     served    each VERSION:SITE of SERVED once it is unpacked: SERVERS, under the fence and alone on the card (75 - 125 s a server)
-# Calls that follow one another at once keep the machine; give it back rather than let it wait. A call sends 63 MB in 4 s, so the
-# ten parts of 0.10.1.1 take 40 s, during which checks can run: start them with `setsid`, as `background` here does.
+#     served    each VERSION:SITE of SERVED once it is unpacked: SERVERS under the fence (one named plain-… without it), all at once on
+#               one card, each told the size of its KV cache, so none from 0.10.x (75 s; eight servers have run together)
+# Calls that follow one another at once keep the machine; give it back rather than let it wait. A call sends 63 MB in 5 s, so the
+# ten parts of 0.10.1.1 take 50 s, during which checks can run: start them with `setsid`, as `background` here does. A machine that
+# is gone is replaced by a bare one without a word: let each call but the first begin with `test -e /tmp/tree || exit`.
 set -u
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)
@@ -111,6 +116,14 @@ unpack)
     touch "$site/unpacked"
     exit
     ;;
+part)
+    [ -e $tree ] || { echo "This machine is not set up: it is another one." >&2; exit 1; }
+    mkdir -p "/tmp/p$2"
+    mv "$root/.carry/p$2-"*/part* "/tmp/p$2/"
+    [ -n "${3:-}" ] && background "unpack-$2" "'$0' unpack '/tmp/p$2' '$3'"
+    find "/tmp/p$2" -name 'part*' | wc -l
+    exit
+    ;;
 lane)
     card=$2
     shift 2
@@ -131,7 +144,7 @@ wait)
     keep
     exit
     ;;
-'') sed -n '2,28p' "$0"; exit 2 ;;
+'') sed -n '2,/^set -u/{/^#/p}' "$0"; exit 2 ;;
 esac
 for what; do
     case $what in
@@ -170,7 +183,8 @@ for what; do
         ;;
     moe)
         export PYTHONPATH=$site26
-        step moe 480 "python3 $tree/tests/gpu/serve_moe.py /tmp/o/moe/serve_moe.json --model /tmp/model ${MOE_FLAGS:---serial}"
+        step moe 480 "python3 $tree/tests/gpu/serve_moe.py /tmp/o/moe/serve_moe.json --model /tmp/model \
+            ${MOE_FLAGS:---unprofiled --only upstream,patched}"
         ;;
     planted)
         export PYTHONPATH=$site26
@@ -206,14 +220,15 @@ open(\"/tmp/planted.py\", \"w\").write(f.NO_DUMP)'
         unset PYTORCH_NO_CUDA_MEMORY_CACHING
         ;;
     served)
+        names=() told="--gpu-memory-utilization 0.1 --kv-cache-memory-bytes 4000000000"
         for one in $SERVED; do
-            site=${one#*:}
-            end=$((SECONDS + 300))
-            while [ ! -e "$site/unpacked" ] && [ $SECONDS -lt $end ]; do sleep 1; done
-            for server in ${SERVERS:-patched}; do
-                fenced "served-${one%%:*}-${server%%:*}" "/tmp/ours:$site" "$server" "$flags --enforce-eager" 240
-            done
+            name=served-${one%%:*} site=${one#*:}
+            names+=("$name")
+            background "$name" "for i in {1..300}; do [ -e '$site/unpacked' ] && break; sleep 1; done; cd $tree/tests/gpu
+                PYTHONPATH=/tmp/ours:$site timeout 300 python3 fenced_serve.py /tmp/model /tmp/o/$name/fenced.json \
+                ${SERVERS:-patched upstream:VLLM_GLM_PATCH=0 plain-patched} --stagger 1 --flags '$flags --enforce-eager $told'"
         done
+        await "${SECONDS_FOR_SERVED:-240}" "${names[@]}"
         ;;
     *) echo "no step is called $what" >&2; exit 2 ;;
     esac
