@@ -299,7 +299,7 @@ def test_a_table_may_leave_counts_to_vllm_and_settings_override_it(tmp_path: Pat
 
 def test_vllms_own_workspace_is_grown_in_the_self_test_to_what_it_will_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "route", lambda problem, card: "upstream" if 300 < problem.tokens <= 400 else "triton")
-    counts, theirs = serving.plan(PROBLEM, H100, 1000)
+    counts, _, theirs = serving.plan(PROBLEM, H100, 1000)
     assert theirs == 400
     assert not [count for count in counts if 300 < count <= 400]
 
@@ -308,11 +308,30 @@ def test_every_configuration_is_compiled_in_the_self_test() -> None:
     from vllm_glm_patch.moe import dispatch
     from vllm_glm_patch.moe.problem import Problem
 
-    counts, theirs = serving.plan(Problem(1), H100, 8192)
+    counts, compared, theirs = serving.plan(Problem(1), H100, 8192)
     assert theirs == 0
     all_of_them = {dispatch.choose(Problem(n), H100) for n in range(1, 8193)}
     assert {dispatch.choose(Problem(n), H100) for n in counts} == all_of_them
     assert len(counts) <= 2 * len(all_of_them)
+    assert {dispatch.choose(Problem(n), H100) for n in compared} == all_of_them
+    assert len(compared) == len(all_of_them)
+
+
+def test_a_configuration_that_is_wrong_at_its_own_counts_alone_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the boundary counts alone it would not be: 20 tokens are nobody's."""
+    right = serving.run
+
+    def wrong_at_20(call: Any) -> Any:
+        return right(call) * (1.2 if call.hidden_states.shape[0] == 20 else 1.0)
+
+    monkeypatch.setattr(serving, "run", wrong_at_20)
+    monkeypatch.setattr(backends, "configuration", lambda problem, card: "few" if problem.tokens <= 20 else "many")
+    monkeypatch.setattr(backends, "variant", lambda problem, card: 0)
+    of = layer()
+    function, state = wrapped(of)
+    state.limit = 30
+    call_new(function, of)
+    assert state.refused is not None and "with 20 tokens it differs" in state.refused
 
 
 # Compiled and captured.

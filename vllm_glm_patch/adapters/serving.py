@@ -167,7 +167,7 @@ class Serving:
         return True
 
     def _test(self, layer: Layer, call: Call, theirs: self_test.Run) -> None:
-        """The first layer at all counts that matter, with every kernel compiled; each other at one count, in milliseconds."""
+        """The first layer at all counts that matter, by every configuration; each other at one count, in milliseconds."""
 
         def ours(tokens: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
             return run(replace(call, hidden_states=tokens, topk_weights=weights, topk_ids=ids))
@@ -187,7 +187,8 @@ class Serving:
             "The fused MoE kernel is compared with vLLM's own. Kernels that Triton's cache does not have are compiled first, "
             "which takes up to a minute."
         )
-        warm, theirs_most = plan(layer.problem, layer.card, counts[-1])
+        warm, ends, theirs_most = plan(layer.problem, layer.card, counts[-1])
+        counts = sorted({*counts, *ends})
         outcome = self_test.compare(layer.problem, ours, theirs, like, counts, warm, max(self_test.SLICE, theirs_most))
         logger.info("The fused MoE kernel passed its self-test with the weights of a layer: %s.", outcome)
 
@@ -251,10 +252,11 @@ def run(call: Call) -> torch.Tensor:
     )  # fmt: skip
 
 
-def plan(problem: Problem, card: Card, most: int) -> tuple[list[int], int]:
-    """Token counts up to `most` that between them run every kernel configuration, and the largest that is upstream's (or 0).
+def plan(problem: Problem, card: Card, most: int) -> tuple[list[int], list[int], int]:
+    """Token counts up to `most`: those that compile everything, those that run every configuration once, and the largest that
+    is upstream's (or 0).
 
-    Each configuration is run at its last count and the one before: Triton compiles for multiples of 16 apart.
+    Each configuration is compiled at its last count and the one before: Triton compiles for multiples of 16 apart.
     """
     from ..moe import backends
     from ..moe.workspace import TOKENS_PER_PASS
@@ -267,8 +269,8 @@ def plan(problem: Problem, card: Card, most: int) -> tuple[list[int], int]:
             theirs = tokens
         else:
             last[configuration, backends.variant(part, card)] = tokens
-    ours = {tokens for end in last.values() for tokens in (end - 1, end) if tokens > 0}
-    return sorted(ours), theirs
+    compiled = {tokens for end in last.values() for tokens in (end - 1, end) if tokens > 0}
+    return sorted(compiled), sorted({max(last[key] for key in last if key[0] == one) for one, _ in last}), theirs
 
 
 def _is_captured(call: Call) -> bool:
