@@ -210,10 +210,26 @@ def test_parameters_that_stay_empty_are_named(caplog: pytest.LogCaptureFixture) 
 
 def test_scales_of_the_kv_cache_that_vllm_sets_itself_are_not_missed(caplog: pytest.LogCaptureFixture) -> None:
     attention = "model.layers.1.self_attn.attn"
-    scales = [Tensor(f"{attention}.{name}_scale", "F32", (), "constant", 0) for name in ("q", "k", "v", "prob")]
+    names = ("q_scale", "k_scale", "v_scale", "prob_scale", "q_zero_point", "k_zero_point", "v_zero_point")
+    scales = [Tensor(f"{attention}.{name}", "F32", (), "constant", 0) for name in names]
     model = Model([*tensors_of(spec_for("tiny", weight_format="fp8")), *scales])
     load(model, config(weight_format="fp8"))
     assert "without a synthetic weight" not in caplog.text
+
+
+class Runner(Model):
+    """Keeps experts in a module of their own and reports them without it, as the MoE runner of 0.26.0 does."""
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        return ((name.replace(".experts.", ".experts.routed_experts."), held) for name, held in self.held.items())
+
+
+def test_experts_that_vllm_reports_by_a_shorter_name_are_not_missed(caplog: pytest.LogCaptureFixture) -> None:
+    wanted = list(tensors_of(spec_for("tiny")))
+    load(Runner(wanted), config())
+    assert "without a synthetic weight" not in caplog.text
+    load(Runner([*wanted, Tensor("model.layers.1.mlp.experts.w9", "BF16", (1,), "constant", 0)]), config())
+    assert "without a synthetic weight: 1, among them model.layers.1.mlp.experts.routed_experts.w9;" in caplog.text
 
 
 def test_fp8_weights_are_numbers_and_spread_over_both_signs() -> None:

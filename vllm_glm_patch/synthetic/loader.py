@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"(?<=\.experts\.)\d+\..*")
-# What every attention of a quantised model has, at -1 until vLLM has looked whether a checkpoint gave any: then 1.
-_CACHE_SCALES = re.compile(r"\.(?:q|k|v|prob)_scale$")
+# What every attention of a quantised model has, at -1 (zero points at 0) until vLLM has looked whether a checkpoint gave any.
+_CACHE_SCALES = re.compile(r"\.(?:q|k|v|prob)_(?:scale|zero_point)$")
+# Where 0.26.0 and some later releases keep experts: a module that is not in the names which `load_weights` reports.
+_UNREPORTED = ".routed_experts."
 
 
 def loader_class(base: type) -> type:
@@ -126,7 +128,10 @@ def _check_all_are_filled(parameters: Mapping[str, torch.Tensor], loaded: set[st
 
     But for the scales of the KV cache, which a checkpoint may leave out.
     """
-    missing = sorted(name for name in set(parameters) - loaded if not _CACHE_SCALES.search(name)) if loaded else []
+    if not loaded:
+        return
+    reported = loaded | {name for name in parameters if name.replace(_UNREPORTED, ".") in loaded}
+    missing = sorted(name for name in set(parameters) - reported if not _CACHE_SCALES.search(name))
     if missing:
         logger.warning(
             "Parameters without a synthetic weight: %d, among them %s; answers and times mean little. "
