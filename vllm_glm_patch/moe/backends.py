@@ -96,6 +96,8 @@ def route(problem: Problem, card: Card) -> str:
         return UPSTREAM
     if told is not None and _supports(told, problem, card):
         return str(told)
+    if entry and entry.get(tables.OTHERWISE) == UPSTREAM:
+        return UPSTREAM
     able = (backend.name for backend in BACKENDS if backend.unasked and backend.supports(problem, card))
     return next(able, UPSTREAM)
 

@@ -3,8 +3,9 @@
 A table is a JSON file, made by `tune.py`: {"note", "card", "multiprocessors", "capability", "torch", "triton", "shapes": {shape
 key: {token count: entry}}}. An entry is a configuration of the Triton kernels (dispatch.Config). With the key "backend" it
 names who serves these counts instead: another backend of backends.py, with that one's configuration beside it, or
-"upstream" where the caller's own kernel is faster. Tables of the user's folder go before those of the package, shape by
-shape. `NOTE` says what an entry freezes.
+"upstream" where the caller's own kernel is faster. {"backend": "hopper", "otherwise": "upstream", …}: the caller's kernel is
+the next best, where that backend cannot serve. Tables of the user's folder go before those of the package, shape by shape.
+`NOTE` says what an entry freezes.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ SHIPPED = Path(__file__).parent / "tuned"
 # How far an entry of a table reaches, as a ratio of token counts: rows an expert, and with them the best tile, change by
 # as much.
 REACH = 2.0
+OTHERWISE = "otherwise"
 NOTE = (
     "Entries freeze what was fastest when they were measured, also where that was what the rules of thumb chose then: a rule "
     "that gets better later does not reach the counts of this table. `vllm-glm-patch bench kernel` runs what the table says; "
@@ -125,6 +127,8 @@ def check(table: Any) -> None:
             backend = entry.get("backend", "triton")
             if backend not in names():
                 raise ValueError(f"{where}: the backend {backend!r} is not among {', '.join(names())}")
+            if OTHERWISE in entry and (backend != "hopper" or entry[OTHERWISE] != "upstream"):
+                raise ValueError(f'{where}: "{OTHERWISE}" can only be "upstream", beside the backend "hopper"')
             try:
                 if backend == "triton":
                     Config.from_dict(entry)
@@ -150,7 +154,7 @@ def entry(problem: Problem, card: Card) -> dict[str, Any] | None:
 
     The card's own table first; else one of a card with as many multiprocessors and the same compute capability (H200 and
     H800 have H100's 132); else the nearest by multiprocessors of that capability (H20 has 78), whose tiles fit but whose
-    comparison with upstream's kernel says nothing here, so its "upstream" does not count.
+    comparison with upstream's kernel says nothing here, so its "upstream" does not count, nor does its "otherwise".
     """
     alike = [t for t in read_all() if tuple(t["capability"]) == card.capability]
     ranked = sorted(alike, key=lambda t: (t["card"] != card.name, abs(t["multiprocessors"] - card.multiprocessors)))
@@ -159,7 +163,7 @@ def entry(problem: Problem, card: Card) -> dict[str, Any] | None:
         found = _nearest(counts, problem.tokens) if counts else None
         foreign = table["card"] != card.name and table["multiprocessors"] != card.multiprocessors
         if found is not None and not (foreign and found.get("backend") == "upstream"):
-            return found
+            return {key: value for key, value in found.items() if key != OTHERWISE} if foreign else found
     return None
 
 

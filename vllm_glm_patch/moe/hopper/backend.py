@@ -141,8 +141,8 @@ def default_of_many(problem: Problem) -> HopperConfig:
 
 
 def told(entry: Mapping[str, Any]) -> HopperConfig | None:
-    """What an entry of a table has beside "backend"; None for nothing. Raises TypeError on a key that is not known."""
-    given = {key: value for key, value in entry.items() if key != "backend"}
+    """The configuration that an entry of a table has; None where it has none. Raises TypeError on a key that is not known."""
+    given = {key: value for key, value in entry.items() if key not in ("backend", tables.OTHERWISE)}
     return HopperConfig(**given) if given else None
 
 
