@@ -1,5 +1,5 @@
-// Parts of prefill GEMM1 and of GEMM2 with its sums in shared memory left out, to find out where its time goes: `benchmarks/hopper.py --build --define GLM_WITHOUT_…`.
-// The results are wrong then. Never in a wheel.
+// Parts of prefill GEMM1 and of GEMM2 with its sums left out, to find out where their time goes: `benchmarks/hopper.py --build
+// --define GLM_WITHOUT_…`. The results are wrong then. Never in a wheel.
 #pragma once
 
 namespace glm_hopper {
@@ -20,7 +20,7 @@ constexpr bool with_gather = false;
 constexpr bool with_gather = true;
 #endif
 #ifdef GLM_WITHOUT_OUTPUT
-constexpr bool with_output = false;  // neither SwiGLU nor stores
+constexpr bool with_output = false;  // neither SwiGLU nor stores; of GEMM2: neither scales nor stores of partials
 #else
 constexpr bool with_output = true;
 #endif
@@ -30,7 +30,7 @@ constexpr bool with_rows = false;  // of act: not copied
 constexpr bool with_rows = true;
 #endif
 #ifdef GLM_WITHOUT_SUMS
-constexpr bool with_sums = false;  // neither read nor written by tiles
+constexpr bool with_sums = false;  // in shared memory: neither read nor written by tiles; of partials: neither read nor stored
 #else
 constexpr bool with_sums = true;
 #endif

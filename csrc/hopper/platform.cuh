@@ -150,6 +150,13 @@ GLM_DEVICE void store_shared_u16(u32 address, u16 value) {
 GLM_DEVICE void store_shared_8(u32 address, Vector2 v) {
     asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(v.word[0]), "r"(v.word[1]) : "memory");
 }
+// Four matrices of 8 × 8 values of 16 bits as they lie in accumulators: of each, a lane gives two values of row lane / 4, and
+// the address of row lane % 8 of matrix lane / 8.
+GLM_DEVICE void store_matrices(u32 address, const u32 (&v)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v[0]), "r"(v[1]), "r"(v[2]),
+                 "r"(v[3])
+                 : "memory");
+}
 GLM_DEVICE void store_shared_floats(u32 address, Float4 v) {
     asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
 }
