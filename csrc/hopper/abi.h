@@ -5,7 +5,7 @@
 namespace glm_hopper {
 
 // Grows whenever a name, an argument or a rule below changes; the host refuses a cubin built from another number.
-constexpr int abi_version = 5;
+constexpr int abi_version = 6;
 
 // CUtensorMap as the device sees it: 128 opaque bytes made by cuTensorMapEncodeTiled, passed by value as a
 // `const __grid_constant__` argument. Host code passes its CUtensorMap; size and alignment are the same.
@@ -28,6 +28,8 @@ enum class Map : int {
     w2_rows,          // dims {N, K, E}        strides {N, expert}          box {128, 128, 1}
     act_steps,        // dims {64, P, N/64}    strides {N, 64}              box {64, 8, 3}
     w2_steps,         // dims {64, K, N/64, E} strides {N, 64, expert}      box {64, 64, 3, 1}
+    act_steps_64,     // as act_steps, and              box {64, 64, 3}
+    w2_steps_256,     // as w2_steps, and               box {64, 256, 3, 1}
     partial_rows,     // dims {slice, slots · pairs of a band} strides {2 · slice} box {256, 32}
 };
 
@@ -46,6 +48,8 @@ constexpr MapShape map_shapes[] = {
     {Map::w2_rows, 3, {128, 128, 1, 0, 0}},
     {Map::act_steps, 3, {64, 8, 3, 0, 0}},
     {Map::w2_steps, 4, {64, 64, 3, 1, 0}},
+    {Map::act_steps_64, 3, {64, 64, 3, 0, 0}},
+    {Map::w2_steps_256, 4, {64, 256, 3, 1, 0}},
     {Map::partial_rows, 2, {256, 32, 0, 0, 0}, 2},
 };
 
@@ -69,8 +73,8 @@ constexpr MapShape map_shapes[] = {
 //     tiles: of several bands are listed band by band, and none has rows of two.
 //     band_tiles: [bands] int32, the first tile of each band; not read where there is one.
 //     counters: 3 + 2 · bands · ceil(K / slice) int32 zeros, and zeros again afterwards: counts + 3, where routing.py has 2049.
-// Family::gemm2_ring (glm_gemm2_ring_*): the same, the sums reading partials through a ring of boxes in shared memory.
-//     TensorMap act_rows, TensorMap w2_rows, TensorMap partial_rows, const float* act_scales [P],
+// Family::gemm2_ring (glm_gemm2_ring_*, glm_gemm2_turns_*): the same, the sums reading partials through a ring of boxes in shared memory.
+//     TensorMap act_rows (act_steps_64 for turns), TensorMap w2_rows (w2_steps_256), TensorMap partial_rows, const float* act_scales [P],
 //     const float* w2_scales [E, K], const float* topk_weights [P], bf16* partial [slots, band · top_k, slice],
 //     const int* local_ids [P], bf16* out [M, K], const int* rows [P], const int* tiles, const int* counts, int* counters,
 //     const int* band_tiles, int tokens, int max_tiles, int hidden_size, int intermediate_size, int experts, int top_k,
@@ -106,7 +110,7 @@ enum class Family : int { gemm1 = 0, gemm2, gemm1_decode, gemm2_decode, sum, gem
 //   intermediate_size ≤ 1536 for glm_gemm2_decode_*; slice % tile_columns == 0, hidden_size % slice == 0, slots ≥ 1,
 //   and slots ≥ 2 where hidden_size > slice or there are several bands; band % 32 == 0 then. glm_gemm2_stationary_* has neither
 //   slice nor slots; band is its own where there are more tokens than that, else 0 or as many as there are or more.
-//   top_k == ring_choices and slice % ring_columns == 0 for glm_gemm2_ring_*, besides what is asked of every GEMM2 by slices.
+//   top_k == ring_choices and slice % ring_columns == 0 for Family::gemm2_ring, besides what is asked of every GEMM2 by slices.
 //   experts ≤ prologue_experts for glm_prologue_*.
 constexpr int prologue_experts = 511;
 // A box of partial_rows holds whole tokens: so many choices each, of so many columns.
@@ -155,6 +159,9 @@ constexpr Kernel kernels[] = {
     // 14 × 16 KB: three stages of 48 KB or four of 32, and five or six chunks of partials.
     {"glm_gemm2_ring_n128", "gemm2_prefill.cu", Family::gemm2_ring, Grid::persistent, 512, 1, 128, 128, 14, 16384, false, {Map::act_rows, Map::w2_rows, Map::partial_rows}},
     {"glm_gemm2_ring_n256", "gemm2_prefill.cu", Family::gemm2_ring, Grid::persistent, 512, 1, 128, 256, 14, 16384, false, {Map::act_rows, Map::w2_rows, Map::partial_rows}},
+    // Two stages: 64 rows and 256 columns × 192 of K, two chunks, and half of the staging area.
+    {"glm_gemm2_turns_n256", "gemm2_turns.cu", Family::gemm2_ring, Grid::persistent, 512, 1, 128, 256, 2, 111616, false, {Map::act_steps_64, Map::w2_steps_256, Map::partial_rows}},
+    {"glm_gemm2_turns_lanes_n256", "gemm2_turns.cu", Family::gemm2_ring, Grid::persistent, 512, 1, 128, 256, 2, 111616, false, {Map::act_steps_64, Map::w2_steps_256, Map::partial_rows}},
     {"glm_gemm2_stationary_t640", "gemm2_stationary.cu", Family::gemm2_stationary, Grid::persistent, 384, 1, 48, 64, 3, 21504, true, {Map::act_steps, Map::w2_steps}, 640},
     {"glm_gemm2_stationary_t512", "gemm2_stationary.cu", Family::gemm2_stationary, Grid::persistent, 384, 1, 48, 64, 4, 21504, true, {Map::act_steps, Map::w2_steps}, 512},
     {"glm_gemm2_stationary_t640_c2", "gemm2_stationary.cu", Family::gemm2_stationary, Grid::persistent, 384, 2, 48, 64, 3, 21504, true, {Map::act_steps, Map::w2_steps}, 640},
@@ -174,7 +181,7 @@ constexpr Kernel kernels[] = {
 
 // Barriers, scales and item numbers lie in this many bytes behind the stages; the first stage is aligned to 1024 by hand.
 constexpr int shared_extra = 4096;
-constexpr int ring_extra = 2048;        // the same of glm_gemm2_ring_*, alignment to 1024 included
+constexpr int ring_extra = 2048;        // the same of Family::gemm2_ring, alignment to 1024 included
 constexpr int stationary_extra = 3072;  // the same of glm_gemm2_stationary_*, tables and alignment to 512 included
 
 #ifdef __CUDACC__

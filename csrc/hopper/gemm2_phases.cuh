@@ -459,7 +459,7 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Tenso
     } else {
         registers_down<120>();
         const int t = thread % 128, lane = thread % 32;
-        const int vectors = with_sums ? p.slice / 8 : 0;  // of 8 columns
+        const int vectors = p.slice / 8;  // of 8 columns
         constexpr int at_once = 2;        // tokens of one thread under way together
         Ring<sum_items_ahead> sum_position;
         while (true) {
@@ -469,7 +469,7 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Tenso
             const int slice = number / sum_blocks, first_token = number % sum_blocks * sum_tokens;
             const int band = number % sum_blocks / band_sums, first_pair = band * band_pairs;
             const u16* slot = p.partial + ((slice * bands + band) % p.slots) * slot_elements;
-            for (int work = t; work < sum_tokens / at_once * vectors; work += sum_threads) {
+            for (int work = t; with_sums && work < sum_tokens / at_once * vectors; work += sum_threads) {
                 const int vector = work % vectors;
                 const u16* first[at_once];
                 const int* ids[at_once];

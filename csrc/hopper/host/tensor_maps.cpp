@@ -29,6 +29,8 @@ const char* name_of(Map map) {
     case Map::w2_rows: return "w2_rows";
     case Map::act_steps: return "act_steps";
     case Map::w2_steps: return "w2_steps";
+    case Map::act_steps_64: return "act_steps_64";
+    case Map::w2_steps_256: return "w2_steps_256";
     case Map::partial_rows: return "partial_rows";
     case Map::none: break;
   }
@@ -45,8 +47,10 @@ Extents extents_of(const MapKey& key) {
     case Map::w13_interleaved: return {{k, 8, 2, n / 8, rows}, {k, n * k, 8 * k, stride}};
     case Map::act_rows: return {{n, rows}, {n}};
     case Map::w2_rows: return {{n, k, rows}, {n, stride}};
-    case Map::act_steps: return {{64, rows, n / 64}, {n, 64}};
-    case Map::w2_steps: return {{64, k, n / 64, rows}, {n, 64, stride}};
+    case Map::act_steps:
+    case Map::act_steps_64: return {{64, rows, n / 64}, {n, 64}};
+    case Map::w2_steps:
+    case Map::w2_steps_256: return {{64, k, n / 64, rows}, {n, 64, stride}};
     case Map::partial_rows: return {{k, rows}, {2 * k}};
     case Map::none: break;
   }
@@ -98,9 +102,11 @@ MapKey key_of(Map map, const GlmHopperLayer& layer) {
   const int pairs = layer.tokens_count * layer.top_k, promotion = layer.weight_promotion == 256 ? 256 : 128;
   switch (map) {
     case Map::act_rows:
-    case Map::act_steps: return {map, layer.act_quantised, layer.hidden_size, layer.intermediate_size, pairs, 0, 128};
+    case Map::act_steps:
+    case Map::act_steps_64: return {map, layer.act_quantised, layer.hidden_size, layer.intermediate_size, pairs, 0, 128};
     case Map::w2_rows:
     case Map::w2_steps:
+    case Map::w2_steps_256:
       return {map, layer.w2, layer.hidden_size, layer.intermediate_size, layer.experts, layer.w2_stride, promotion};
     case Map::partial_rows: {  // exactly the slots that there are; checks.cpp holds their rows to 31 bits
       const int tokens = layer.band > 0 && layer.band < layer.tokens_count ? layer.band : layer.tokens_count;

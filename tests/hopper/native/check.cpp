@@ -25,6 +25,7 @@
 #define GEMM2_DECODE 4
 #define TOPK_SUM 5
 #define GEMM2_STATIONARY 9
+#define GEMM2_TURNS 10
 #define GEMM1_SPLIT 6
 #define PROLOGUE 7
 #if CHECK_FILE(GEMM1_PREFILL)
@@ -38,6 +39,9 @@
 #endif
 #if CHECK_FILE(GEMM2_PREFILL)
 #include "gemm2_prefill.cu"
+#endif
+#if CHECK_FILE(GEMM2_TURNS)
+#include "gemm2_turns.cu"
 #endif
 #if CHECK_FILE(GEMM2_STATIONARY)
 #include "gemm2_stationary.cu"
@@ -392,8 +396,12 @@ bool check_gemm2(Problem& p) {
     const int slice = p.o["slice"], slots = p.o["slots"];
     Buffer<u16> partial(static_cast<size_t>(slots) * p.band * p.top_k * slice), out(static_cast<size_t>(p.tokens) * p.hidden);
     const long long k = p.hidden, n = p.width;
-    const emulate::MapFields act_fields{act.data, 2, {n, p.pairs}, {0, n}, {128, 128}};
-    const emulate::MapFields w2_fields{check.w2.data, 3, {n, k, p.experts}, {0, n, n * k}, {128, 128, 1}};
+    emulate::MapFields act_fields{act.data, 2, {n, p.pairs}, {0, n}, {128, 128}};
+    emulate::MapFields w2_fields{check.w2.data, 3, {n, k, p.experts}, {0, n, n * k}, {128, 128, 1}};
+    if (p.kernel.maps[0] == Map::act_steps_64) {
+        act_fields = {act.data, 3, {64, p.pairs, n / 64}, {0, n, 64}, {64, 64, 3}};
+        w2_fields = {check.w2.data, 4, {64, k, n / 64, p.experts}, {0, n, 64, n * k}, {64, 256, 3, 1}};
+    }
     const long long partial_rows = static_cast<long long>(slots) * p.band * p.top_k;
     const emulate::MapFields partial_fields{
         reinterpret_cast<u8*>(partial.data), 2, {slice, partial_rows}, {0, 2 * slice}, {256, 32}, 2};
@@ -419,6 +427,10 @@ bool check_gemm2(Problem& p) {
 #if CHECK_FILE(GEMM2_PREFILL)
         CALL(glm_gemm2_ring_n128);
         CALL(glm_gemm2_ring_n256);
+#endif
+#if CHECK_FILE(GEMM2_TURNS)
+        CALL(glm_gemm2_turns_n256);
+        CALL(glm_gemm2_turns_lanes_n256);
 #endif
 #undef CALL
         emulate::fail("no such entry");

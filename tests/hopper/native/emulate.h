@@ -5,7 +5,9 @@
 // wgmma reads shared memory at issue or only at the wait that retires it, and its accumulators hold NaN in between. So a
 // wrong phase, an early reuse or a missing wait shows as a wrong result, a deadlock is reported with who waits for what,
 // and accesses outside shared memory, wrong alignments and missing proxy fences stop the run with a message; but what TMA reads
-// without a proxy fence since it was stored in global memory comes as poison, since a box may have what nobody uses.
+// without a proxy fence since it was stored in global memory comes as poison, since a box may have what nobody uses. Bulk copies to
+// global memory read at a random later moment and write at another; until then their target is poison, and so is what they read
+// without a proxy fence since it was stored in shared memory.
 #pragma once
 
 #include <functional>
@@ -86,6 +88,7 @@ void store_shared_float(u32 address, float value);
 void store_shared_u16(u32 address, u16 value);
 void store_shared_8(u32 address, Vector2 value);
 void store_shared_floats(u32 address, Float4 value);
+void store_matrices(u32 address, const u32 (&v)[4]);
 
 Vector4 load_fresh_16(const void* pointer);
 int load_fresh_int(const int* pointer);
@@ -149,6 +152,10 @@ void copy_box(u32 target, const TensorMap& map, u32 barrier, int c0, int c1);
 void copy_box(u32 target, const TensorMap& map, u32 barrier, int c0, int c1, int c2);
 void copy_box(u32 target, const TensorMap& map, u32 barrier, int c0, int c1, int c2, int c3);
 void copy_box(u32 target, const TensorMap& map, u32 barrier, int c0, int c1, int c2, int c3, int c4);
+void copy_out(void* target, u32 source, u32 bytes);
+void copies_out_commit();
+void copies_out_read();
+void copies_out_done();
 void copy_box_to(u32 blocks, u32 target, const TensorMap& map, u32 barrier, int c0, int c1, int c2);
 
 // gather.cuh

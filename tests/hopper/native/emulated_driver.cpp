@@ -10,6 +10,7 @@
 #include "gemm2_decode.cu"
 #include "gemm2_prefill.cu"
 #include "gemm2_stationary.cu"
+#include "gemm2_turns.cu"
 #include "prologue.cu"
 #include "topk_sum.cu"
 
@@ -51,6 +52,8 @@ void enter(const std::string& name, void** values) {
     ENTRY(glm_gemm2_sum_n256);
     ENTRY(glm_gemm2_ring_n128);
     ENTRY(glm_gemm2_ring_n256);
+    ENTRY(glm_gemm2_turns_n256);
+    ENTRY(glm_gemm2_turns_lanes_n256);
     ENTRY(glm_gemm2_stationary_t640);
     ENTRY(glm_gemm2_stationary_t512);
     ENTRY(glm_gemm2_stationary_t640_c2);
