@@ -60,7 +60,7 @@ class Case:
     @property
     def text(self) -> str:
         """On one line."""
-        by_slices = "_sum_" in self.gemm2 or "_ring_" in self.gemm2
+        by_slices = any(kind in self.gemm2 for kind in ("_sum_", "_ring_", "_turns_"))
         sliced = f" slice {self.slice}×{self.slots}" if by_slices else "" if self.programmatic else " no PDL"
         band = f" band {self.band}" if self.band else ""
         prologue = "" if self.prologue == "triton" else f" {self.prologue} prologue"
@@ -105,7 +105,7 @@ def checks() -> list[Case]:
             Case("TP8", 8191, "triton", gemm2),
             Case("TP8", 8192, "glm_gemm1_row_c1", gemm2, routing="skewed"),
         ]
-    for gemm2 in ("glm_gemm2_ring_n128", "glm_gemm2_ring_n256"):
+    for gemm2 in (f"glm_gemm2_{name}" for name in ("ring_n128", "ring_n256", "turns_n256", "turns_lanes_n256")):
         cases += [
             Case("TP8", 16, "glm_gemm1_row_c1", gemm2, experts=8, routing="collapsed"),
             Case("TP8", 700, "glm_gemm1_row_c1", gemm2, experts=16, routing="bad"),

@@ -75,7 +75,9 @@ struct Turns {
                          int expert, int first_row, int size) {
         const Barriers at = barriers_at(barriers);
         const int stages = width / turn_stage_k;
+#pragma unroll 1
         for (int row = 0; row < size; row += mma_rows) {
+#pragma unroll 1
             for (int stage = 0; stage < stages; ++stage) {
                 if (stages > 1 || row == 0) {
                     const u32 slot = turn_slot(weights), ready = at.w2_full + 8 * slot;

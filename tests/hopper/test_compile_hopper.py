@@ -22,6 +22,7 @@ SOURCES = (
     "gemm1_decode.cu",
     "gemm2_decode.cu",
     "gemm2_stationary.cu",
+    "gemm2_turns.cu",
     "topk_sum.cu",
     "prologue.cu",
 )
@@ -152,7 +153,7 @@ def most_registers(lines: list[str], start: int) -> int:
     return most
 
 
-@pytest.mark.parametrize("source", ["gemm1_prefill.cu", "gemm1_split.cu", "gemm2_prefill.cu"])
+@pytest.mark.parametrize("source", ["gemm1_prefill.cu", "gemm1_split.cu", "gemm2_prefill.cu", "gemm2_turns.cu"])
 def test_no_role_uses_more_registers_than_setmaxnreg_leaves_it(code: dict[str, str], source: str) -> None:
     for name, body in kernels_of(code[source]).items():
         found = re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(.*?)\s*;|^(\.L_x_\d+):", body, re.MULTILINE)
@@ -174,7 +175,7 @@ def test_machine_code_has_the_instructions_meant(code: dict[str, str]) -> None:
     assert ".MULTICAST" in code["gemm1_prefill.cu"]
     for source in ("gemm1_prefill.cu", "gemm1_split.cu", "gemm1_decode.cu"):
         assert "LDGSTS.E.BYPASS.128" in code[source], f"{source} gathers in less than 16 bytes"
-    for source in ("gemm1_prefill.cu", "gemm1_split.cu", "gemm2_prefill.cu"):
+    for source in ("gemm1_prefill.cu", "gemm1_split.cu", "gemm2_prefill.cu", "gemm2_turns.cu"):
         assert "USETMAXREG" in code[source]
     for source in ("gemm2_prefill.cu", "topk_sum.cu"):
         assert "LDG.E.128.STRONG.GPU" in code[source]
@@ -187,6 +188,17 @@ def test_machine_code_has_the_instructions_meant(code: dict[str, str]) -> None:
         assert (body.count("LDS.128") >= 8) is ring, name
         assert body.count("FENCE.VIEW.ASYNC.G") == 2 * ring, name
         assert "STG.E.EF.128" in body, name
+    # By turns: a stage's operands are a box each, of its products one group; partials go into shared memory by the matrix, and
+    # out of it by the copy engine, which is waited for, or 16 bytes a lane.
+    for name, body in kernels_of(code["gemm2_turns.cu"]).items():
+        by_engine = "_lanes_" not in name
+        assert body.count("UTMALDG.4D") == body.count("UTMALDG.3D") == 1, name
+        assert body.count("QGMMA.64x128x32.F32.E4M3.E4M3") == 12 and body.count("WARPGROUP.DEPBAR") == 2, name
+        assert body.count("STSM.16.M88.4") == 16, name
+        assert body.count("UBLKCP.G.S") == 2 * by_engine, name
+        assert body.count("FENCE.VIEW.ASYNC.S") == 1 + 2 * by_engine, name  # one for the barriers
+        assert body.count("FENCE.VIEW.ASYNC.G") == 2, name
+        assert len(re.findall(r"STG\.E\.128 ", body)) == 16 * (not by_engine), name
     # Sums are added to 16 bytes at a time; of each stage's products one group, which is waited for at the next or at the end.
     stationary = code["gemm2_stationary.cu"]
     assert "QGMMA.64x64x32.F32.E4M3.E4M3" in stationary

@@ -66,6 +66,18 @@ _CASES = [
     ("glm_gemm2_ring_n128", {"tokens": 100, "hidden": 512, "top_k": 8, "band": 64, "resident": 1}),
     ("glm_gemm2_ring_n256", {"tokens": 150, "hidden": 512, "slots": 3, "top_k": 8, "band": 32, "silent": 0b1010, "grid": 4}),
     ("glm_gemm2_ring_n256", {"tokens": 97, "hidden": 512, "top_k": 8, "band": 32, "silent": 0b0111, "grid": 2}),
+    # Warpgroups by turns: one block at a time and four slices; one expert, whose turns share their weights, also with an odd one
+    # at each end; items of one turn; one token; K of two, four and eight stages, of two turns and of one; no valid pair; by bands.
+    ("glm_gemm2_turns_n256", {"tokens": 65, "hidden": 1024, "slots": 2, "top_k": 8, "resident": 1}),
+    ("glm_gemm2_turns_n256", {"tokens": 40, "hidden": 1024, "top_k": 8, "experts": 1, "invalid": 0, "grid": 2}),
+    ("glm_gemm2_turns_n256", {"tokens": 70, "hidden": 1024, "slice": 512, "top_k": 8, "experts": 9, "grid": 2}),
+    ("glm_gemm2_turns_n256", {"tokens": 1, "top_k": 8, "experts": 9, "grid": 4}),
+    ("glm_gemm2_turns_n256", {"tokens": 60, "width": 384, "hidden": 512, "top_k": 8, "skew": 1, "grid": 2}),
+    ("glm_gemm2_turns_lanes_n256", {"tokens": 30, "width": 768, "top_k": 8, "experts": 7, "grid": 2}),
+    ("glm_gemm2_turns_n256", {"tokens": 20, "width": 1536, "hidden": 512, "top_k": 8, "experts": 2, "grid": 1}),
+    ("glm_gemm2_turns_n256", {"tokens": 40, "hidden": 512, "top_k": 8, "invalid": 100, "grid": 2}),
+    ("glm_gemm2_turns_n256", {"tokens": 150, "hidden": 512, "slots": 3, "top_k": 8, "band": 32, "silent": 0b1010, "grid": 4}),
+    ("glm_gemm2_turns_lanes_n256", {"tokens": 97, "hidden": 1024, "top_k": 8, "band": 32, "silent": 0b0111, "grid": 2}),
     # Sums in shared memory: two bands, the second of 60 tokens, by one block and by several; one expert, whose rows fill many
     # tiles; many experts of a few rows each; the same expert twice or more for a token; K of two, three and eight stages, of
     # tiles that take turns in a ring of three; a band without a valid pair, and none with any; one token; as many as a band.
@@ -148,10 +160,10 @@ def test_tiles_by_turns_or_in_order_are_as_right(changed_kernel: Callable[..., P
 
 
 @pytest.mark.parametrize("timing", [0, 1], ids=["eager", "late"])
-@pytest.mark.parametrize("kernel", ["glm_gemm2_sum_n128", "glm_gemm2_sum_n256", "glm_gemm2_ring_n128", "glm_gemm2_ring_n256"])
+@pytest.mark.parametrize("kernel", [f"glm_gemm2_{name}" for name in ("sum_n128", "sum_n256", "ring_n128", "ring_n256", "turns_n256")])
 @pytest.mark.parametrize("band", [0, 32])
 def test_extreme_timings_give_the_same_by_bands_or_without(check_program: Path, kernel: str, timing: int, band: int) -> None:
-    shape = {"tokens": 72, "hidden": 512, "slice": 256, "band": band, "top_k": 8 if "_ring_" in kernel else 2}
+    shape = {"tokens": 72, "hidden": 512, "slice": 256, "band": band, "top_k": 2 if "_sum_" in kernel else 8}
     done = run_check(check_program, kernel, timing=timing, seed=SEED, grid=2, **shape)
     assert done.returncode == 0, f"seed={SEED}\n{done.stdout}{done.stderr}"
 
@@ -177,24 +189,30 @@ def test_sums_in_shared_memory_have_the_same_bits_at_any_timing_and_grid(check_p
 
 
 @pytest.mark.parametrize("band", [0, 64])
-@pytest.mark.parametrize(("kernel", "options"), [("sum", {"slice": 128}), ("ring", {"slice": 256, "top_k": 8})])
+@pytest.mark.parametrize(
+    ("kernel", "options"),
+    [("sum_n128", {"slice": 128}), ("ring_n128", {"slice": 256, "top_k": 8}), ("turns_n256", {"slice": 256, "top_k": 8})],
+)
 def test_sums_of_16_tokens_are_as_right(
     changed_kernel: Callable[..., Path], kernel: str, options: dict[str, int], band: int
 ) -> None:
-    file = "gemm2_prefill.cu"
-    program = changed_kernel(file, "#define GLM_SUM_TOKENS 32", "#define GLM_SUM_TOKENS 16", file)
+    file, source = "gemm2_phases.cuh", "gemm2_turns.cu" if "turns" in kernel else "gemm2_prefill.cu"
+    program = changed_kernel(file, "#define GLM_SUM_TOKENS 32", "#define GLM_SUM_TOKENS 16", source)
     for timing in (0, 1, 2):
         shape = {"tokens": 150, "hidden": 512, "band": band, **options}
-        done = run_check(program, f"glm_gemm2_{kernel}_n128", seed=SEED, timing=timing, **shape)
+        done = run_check(program, f"glm_gemm2_{kernel}", seed=SEED, timing=timing, **shape)
         assert done.returncode == 0, f"seed={SEED}\n{done.stdout}{done.stderr}"
 
 
 @pytest.mark.parametrize("more", [{}, {"band": 32}, {"width": 384, "slice": 512, "invalid": 40}])
-def test_partials_through_the_ring_or_by_loads_give_the_same_bits_at_any_timing_and_grid(
+def test_partials_through_the_ring_or_by_loads_and_by_turns_give_the_same_bits_at_any_timing_and_grid(
     check_program: Path, more: dict[str, int]
 ) -> None:
     bits = set()
-    runs = (("sum_n256", 2, 3), ("ring_n256", 0, 1), ("ring_n256", 1, 2), ("ring_n128", 2, 3), ("ring_n128", 1, 4))
+    runs = (
+        *(("sum_n256", 2, 3), ("ring_n256", 0, 1), ("ring_n256", 1, 2), ("ring_n128", 2, 3), ("ring_n128", 1, 4)),
+        *(("turns_n256", 0, 1), ("turns_n256", 1, 2), ("turns_n256", 2, 4), ("turns_lanes_n256", 2, 3)),
+    )
     for schedule, (which, timing, grid) in enumerate(runs, start=SEED + 1):
         shape = {"tokens": 75, "hidden": 512, "top_k": 8, "schedule": schedule, "timing": timing, "grid": grid, **more}
         done = run_check(check_program, f"glm_gemm2_{which}", seed=SEED, **shape)

@@ -140,6 +140,8 @@ def test_every_kernel_is_launched_as_abi_h_says(row, native: Native, mock: Mock)
         "w2_rows": ([WIDTH, HIDDEN, EXPERTS], [WIDTH, WIDTH * HIDDEN], [128, 128, 1], "w2"),
         "act_steps": ([64, TOKENS * TOP_K, WIDTH // 64], [WIDTH, 64], [64, 8, 3], "act_quantised"),
         "w2_steps": ([64, HIDDEN, WIDTH // 64, EXPERTS], [WIDTH, 64, WIDTH * HIDDEN], [64, 64, 3, 1], "w2"),
+        "act_steps_64": ([64, TOKENS * TOP_K, WIDTH // 64], [WIDTH, 64], [64, 64, 3], "act_quantised"),
+        "w2_steps_256": ([64, HIDDEN, WIDTH // 64, EXPERTS], [WIDTH, 64, WIDTH * HIDDEN], [64, 256, 3, 1], "w2"),
         # Two bytes an element: slices of 512 columns, three slots of 128 tokens' choices.
         "partial_rows": ([512, 3 * 128 * TOP_K], [1024], [256, 32], "partial"),
     }
@@ -376,6 +378,9 @@ def test_an_earlier_kernels_fault_is_told_apart(native: Native, mock: Mock) -> N
         ("glm_gemm2_ring_n128", {"w2": 0}, "w2 is null"),
         ("glm_gemm2_ring_n128", {"act_scales": 0}, "act_scales is null"),
         ("glm_gemm2_ring_n128", {"out": 0}, "out is null"),
+        ("glm_gemm2_turns_n256", {"slice": 128}, "slice 128 must be a multiple of 256 and divide hidden_size"),
+        ("glm_gemm2_turns_n256", {"top_k": 6}, "top_k is 6, and this kernel adds up 8 choices; choose glm_gemm2_sum_"),
+        ("glm_gemm2_turns_lanes_n256", {"partial": 0x1008}, "partial must lie at a multiple of 16 bytes"),
         (
             "glm_gemm2_stationary_t640",
             {"band": 0, "tokens_count": 641},

@@ -258,25 +258,24 @@ def test_the_ring_has_the_workspace_of_the_loads_and_what_it_cannot_add_up_is_re
         for size, slots, band in ((256, 2, 0), (512, 2, 0), (256, 3, 1024)):
             sizes = {
                 workspace_bytes(problem, config("triton", f"glm_gemm2_{kind}_n256", slice=size, slots=slots, band=band), native)
-                for kind in ("sum", "ring")
+                for kind in ("sum", "ring", "turns", "turns_lanes")
             }
             assert len(sizes) == 1
     for problem, size in ((Problem(8192, top_k=6), 256), (Problem(8192), 128)):
         with pytest.raises(HopperError, match=rf"there are {problem.top_k} choices and slices of {size}; .*glm_gemm2_sum_n128"):
             triton_config(problem, config("triton", "glm_gemm2_ring_n128", slice=size), native)
+        with pytest.raises(HopperError, match=r"glm_gemm2_turns_n256 adds up 8 choices .*glm_gemm2_sum_n256"):
+            triton_config(problem, config("triton", "glm_gemm2_turns_n256", slice=size), native)
 
 
 def test_only_eight_choices_a_token_let_the_tuner_try_the_ring(native: Native) -> None:
     from vllm_glm_patch.moe.hopper.candidates import slices
 
     eight, six = slices(Problem(8192)), slices(Problem(8192, top_k=6))
-    assert [one for one in eight if "ring" not in one[0]] == six
-    assert {one for one in eight if one[0] == "ring_n256"} == {
-        ("ring_n256", 256, 2),
-        ("ring_n256", 256, 3),
-        ("ring_n256", 512, 2),
-    }
-    assert {one[0] for one in eight} - {one[0] for one in six} == {"ring_n128", "ring_n256"}
+    assert [one for one in eight if one[0].startswith("sum_")] == six
+    for name in ("ring_n256", "turns_n256"):
+        assert {one for one in eight if one[0] == name} == {(name, 256, 2), (name, 256, 3), (name, 512, 2)}
+    assert {one[0] for one in eight} - {one[0] for one in six} == {"ring_n128", "ring_n256", "turns_n256", "turns_lanes_n256"}
 
 
 def test_a_band_that_is_not_the_kernels_own_is_refused(native: Native) -> None:

@@ -31,6 +31,10 @@ _CASES = [
     (70, 192, 8, 16, "triton", "glm_gemm2_ring_n128", "spread", 0, 8),
     (33, 384, 9, 9, "glm_gemm1_columns_c1", "glm_gemm2_ring_n256", "skewed", 0, 8),
     (136, 192, 8, 16, "glm_gemm1_row_split", "glm_gemm2_ring_n128", "collapsed", 128, 8, "native"),
+    # Warpgroups by turns; partials sent by the copy engine or stored by lanes.
+    (136, 192, 9, 9, "glm_gemm1_row_c1", "glm_gemm2_turns_n256", "bad", 128, 8),
+    (70, 384, 8, 16, "triton", "glm_gemm2_turns_n256", "spread", 0, 8),
+    (33, 192, 9, 9, "glm_gemm1_row_c1", "glm_gemm2_turns_lanes_n256", "skewed", 0, 8),
     # Sums in shared memory; the first in two bands, the last of 8 tokens.
     (520, 192, 9, 9, "glm_gemm1_row_c1", "glm_gemm2_stationary_t512", "bad", 512, 2),
     (33, 384, 3, 6, "glm_gemm1_columns_c1", "glm_gemm2_stationary_t640", "spread"),

@@ -7,7 +7,8 @@ the rest:
     many tokens, intermediate_size 192   gemm1_row · gemm2_sum
     many tokens, wider                   gemm1_columns · (Triton) requantise · gemm2_sum
     many tokens, by name only            the same GEMM1 · gemm2_stationary, which has no partials
-    many tokens, by name or a table      the same GEMM1 · gemm2_ring, which reads partials through shared memory
+    many tokens, by name or a table      the same GEMM1 · gemm2_ring, which reads partials through shared memory, or gemm2_turns,
+                                         which also sends them off that way
     few tokens                           gemm1_decode · gemm2_decode · topk_sum
 
 GEMM1 may also be Triton's, before either of the two ways of GEMM2 (HopperConfig.gemm1 "triton").
@@ -38,12 +39,12 @@ CAPABILITY = (9, 0)
 DECODE_ROWS = 64
 ROW_WIDTH = 192  # intermediate_size of glm_gemm1_row_*, which holds whole rows
 NARROW_TOKENS = 2048  # up to which GEMM2 with the sum takes slices of 128 columns
-SUM_TOKENS = 32  # of one sum item of glm_gemm2_sum_*
+SUM_TOKENS = 32  # of one sum item of GEMM2 by slices
 DECODE_WIDTH = 1536  # the widest rows that glm_gemm2_decode_* holds
 TRITON = "triton"  # as HopperConfig.gemm1 and .prologue
 SLICED = (Family.GEMM2, Family.GEMM2_RING)  # GEMM2 with the sum by slices of columns, whose partials lie in memory
 MANY = (*SLICED, Family.GEMM2_STATIONARY)  # GEMM2 with the sum, for many tokens
-RING_TOP_K = 8  # the choices that glm_gemm2_ring_* adds up; abi.h's ring_choices
+RING_TOP_K = 8  # the choices that Family.GEMM2_RING adds up; abi.h's ring_choices
 RING_COLUMNS = 256  # of which its slices are a multiple; abi.h's ring_columns
 PROLOGUES = (TRITON, "native", "native_c1", "native_c8")
 PROLOGUE_EXPERTS = 511  # the most that glm_prologue_* counts; abi.h's prologue_experts
@@ -53,7 +54,7 @@ PROLOGUE_EXPERTS = 511  # the most that glm_prologue_* counts; abi.h's prologue_
 class HopperConfig:
     """Kernels by name. `slice` × `band`: columns × tokens whose partials exist at once, a phase; slice is a power of two; band
     0, or no less than the tokens there are, means all of them; `slots`: phases in flight; the three for
-    glm_gemm2_sum_* and glm_gemm2_ring_* only: glm_gemm2_stationary_* has no use for the first two, and its band, if given, is
+    glm_gemm2_sum_*, …_ring_* and …_turns_* only: glm_gemm2_stationary_* has no use for the first two, and its band, if given, is
     its own.
     `programmatic`: a kernel that knows how may start while the one before it ends, be that one of the prologue.
     `weight_promotion`: bytes that L2 fetches at once for weights, 128 or 256. `prologue`: "triton" or "native", whose routing

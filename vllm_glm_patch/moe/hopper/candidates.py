@@ -20,7 +20,11 @@ SLICES = (
     ("sum_n256", 512, 2),
     ("sum_n256", 1024, 2),
 )
-RINGS = tuple((f"ring_{name}", width, slots) for name in ("n128", "n256") for width, slots in ((256, 2), (256, 3), (512, 2)))
+RINGS = tuple(
+    (name, width, slots)
+    for name in ("ring_n128", "ring_n256", "turns_n256", "turns_lanes_n256")
+    for width, slots in ((256, 2), (256, 3), (512, 2))
+)
 
 
 def slices(problem: Problem) -> list[tuple[str, int, int]]:
