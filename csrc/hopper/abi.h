@@ -79,7 +79,7 @@ constexpr MapShape map_shapes[] = {
 //     const int* local_ids [P], bf16* out [M, K], const int* rows [P], const int* tiles, const int* counts, int* counters,
 //     const int* band_tiles, int tokens, int max_tiles, int hidden_size, int intermediate_size, int experts, int top_k,
 //     int slice, int slots, int band
-//     all: as of gemm2.
+//     all: as of gemm2, but w2_scales of turns aligned to 16.
 // Family::gemm2_stationary (glm_gemm2_stationary_*): GEMM2 and the top-k sum in one launch, the sums in shared memory.
 //     TensorMap act_steps, TensorMap w2_steps, const float* act_scales [P], const float* w2_scales [E, K],
 //     const float* topk_weights [P], bf16* out [M, K], const int* rows [P], const int* tiles, const int* counts,
@@ -159,9 +159,9 @@ constexpr Kernel kernels[] = {
     // 14 × 16 KB: three stages of 48 KB or four of 32, and five or six chunks of partials.
     {"glm_gemm2_ring_n128", "gemm2_prefill.cu", Family::gemm2_ring, Grid::persistent, 512, 1, 128, 128, 14, 16384, false, {Map::act_rows, Map::w2_rows, Map::partial_rows}},
     {"glm_gemm2_ring_n256", "gemm2_prefill.cu", Family::gemm2_ring, Grid::persistent, 512, 1, 128, 256, 14, 16384, false, {Map::act_rows, Map::w2_rows, Map::partial_rows}},
-    // Two stages: 64 rows and 256 columns × 192 of K, two chunks, and half of the staging area.
-    {"glm_gemm2_turns_n256", "gemm2_turns.cu", Family::gemm2_ring, Grid::persistent, 512, 1, 128, 256, 2, 111616, false, {Map::act_steps_64, Map::w2_steps_256, Map::partial_rows}},
-    {"glm_gemm2_turns_lanes_n256", "gemm2_turns.cu", Family::gemm2_ring, Grid::persistent, 512, 1, 128, 256, 2, 111616, false, {Map::act_steps_64, Map::w2_steps_256, Map::partial_rows}},
+    // Two stages: 64 rows and 256 columns × 192 of K, two chunks, half of the staging area, and scales of two items.
+    {"glm_gemm2_turns_n256", "gemm2_turns.cu", Family::gemm2_ring, Grid::persistent, 512, 1, 128, 256, 2, 113664, false, {Map::act_steps_64, Map::w2_steps_256, Map::partial_rows}},
+    {"glm_gemm2_turns_lanes_n256", "gemm2_turns.cu", Family::gemm2_ring, Grid::persistent, 512, 1, 128, 256, 2, 113664, false, {Map::act_steps_64, Map::w2_steps_256, Map::partial_rows}},
     {"glm_gemm2_stationary_t640", "gemm2_stationary.cu", Family::gemm2_stationary, Grid::persistent, 384, 1, 48, 64, 3, 21504, true, {Map::act_steps, Map::w2_steps}, 640},
     {"glm_gemm2_stationary_t512", "gemm2_stationary.cu", Family::gemm2_stationary, Grid::persistent, 384, 1, 48, 64, 4, 21504, true, {Map::act_steps, Map::w2_steps}, 512},
     {"glm_gemm2_stationary_t640_c2", "gemm2_stationary.cu", Family::gemm2_stationary, Grid::persistent, 384, 2, 48, 64, 3, 21504, true, {Map::act_steps, Map::w2_steps}, 640},

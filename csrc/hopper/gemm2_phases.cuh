@@ -98,7 +98,7 @@ struct NoTurns {
 
 // The ring of GEMM items, for who copies and multiplies in another way: addresses of its barriers and of what is told of an item.
 struct ItemSlots {
-    u32 full, stored, number, expert, row, size, phase;
+    u32 full, stored, number, row, size, phase;
 };
 
 // CHUNKS: places in the ring of partials; 0: none, they are loaded into registers, and partial_rows is not read.
@@ -216,7 +216,10 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Tenso
                         }
                     }
                 }
-                barrier_arrive(item_full + 8 * item_position.slot);
+                if (!Turns::there || !more) barrier_arrive(item_full + 8 * item_position.slot);
+                if constexpr (Turns::there) {
+                    if (more) turns.ask_scales(ring, item_position.slot, item_full, p, expert, item.column);
+                }
                 item_position.advance();
                 if (!more) break;
                 number = atomic_next(next_item);
@@ -325,7 +328,7 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Tenso
     } else if (Turns::there && warpgroup < 3) {
         registers_up<176>();
         if constexpr (Turns::there) {
-            const ItemSlots items{item_full, item_stored, item_number, item_expert, item_row, item_size, item_phase};
+            const ItemSlots items{item_full, item_stored, item_number, item_row, item_size, item_phase};
             Turns::multiply(ring, turn_barriers, items, p, bands, tiles, band_pairs, slot_elements);
         }
     } else if (warpgroup < 3) {

@@ -6,6 +6,9 @@
 // There are two stages of either. Where a row is one stage, an item's weights come once for both of its turns; where it is several,
 // the ring is too short to keep them, and every turn has its own.
 //
+// An item's scales of w2 come with its number, into its slot: a wait for bulk copies empties the multiprocessor's L1, where they would
+// be looked for otherwise.
+//
 // Partials leave by way of shared memory. A warp scales its 16 rows and writes 128 columns of them into a staging area of its own, as
 // they lie in the accumulators (stmatrix; rows 272 bytes apart, so that 8 of them meet in no bank). The other 128 columns go the same
 // way once these have been read. glm_gemm2_turns_n256: by the copy engine; each of 16 lanes, which knows its row's pair, sends 256 bytes
@@ -43,9 +46,10 @@ GLM_HD u32 turn_parity(u32 number) { return number / turn_stages % 2; }
 template <bool BY_ENGINE>
 struct Turns {
     static constexpr bool there = true;
-    // Rows, weights, staging. Weights and staging begin at multiples of 1024 and of 128.
+    // Rows, weights, staging, scales. Weights and staging begin at multiples of 1024 and of 128.
     static constexpr u32 w2_offset = turn_stages * turn_rows_bytes, staging_offset = w2_offset + turn_stages * turn_w2_bytes;
-    static constexpr u32 bytes = staging_offset + turn_warps * staging_bytes;
+    static constexpr u32 scales_offset = staging_offset + turn_warps * staging_bytes, scales_bytes = 4 * turn_columns;
+    static constexpr u32 bytes = scales_offset + gemm2_items * scales_bytes;
     static_assert(w2_offset % atom_bytes == 0 && staging_offset % 128 == 0 && bytes % 128 == 0, "boxes are aligned");
     static_assert(staging_pitch % 128 == 16, "8 rows of a matrix lie in 8 different quarters of a line");
 
@@ -70,7 +74,13 @@ struct Turns {
 
     u32 rows = 0, weights = 0;  // copied so far, in stages
 
-    // The copier's part: asks for an item's operands.
+    // The copier's part: an item's slot is full when its scales have come, too.
+    static GLM_DEVICE void ask_scales(u32 ring, int slot, u32 item_full, const Gemm2Arguments& p, int expert, int column) {
+        barrier_expect(item_full + 8 * slot, scales_bytes);
+        copy_in(ring + scales_offset + slot * scales_bytes, p.w2_scales + static_cast<i64>(expert) * p.hidden_size + column,
+                scales_bytes, item_full + 8 * slot);
+    }
+    // And asks for an item's operands.
     GLM_DEVICE void copy(u32 ring, u32 barriers, const TensorMap& act, const TensorMap& w2, int width, const Gemm2Item& item,
                          int expert, int first_row, int size) {
         const Barriers at = barriers_at(barriers);
@@ -121,11 +131,8 @@ struct Turns {
             if (mine < turns) {
                 const Gemm2Item item = gemm2_item(number, tiles, p.slice, turn_columns);
                 const int rows_before = mine * mma_rows, size = all_rows - rows_before;
-                const int expert = load_shared_int(items.expert + 4 * item_position.slot);
                 const int first_row = load_shared_int(items.row + 4 * item_position.slot) + rows_before;
-                const float* scales = p.w2_scales + static_cast<i64>(expert) * p.hidden_size + item.column;
                 // What is read from memory goes out before the multiplication, and what hangs on that before its end.
-                if (lane < turn_columns / 32) touch(scales + 32 * lane);
                 int pair[2];
                 float act_scale[2];
 #pragma unroll
@@ -192,14 +199,12 @@ struct Turns {
                     u16* slot = p.partial + (phase % p.slots) * slot_elements + (item.column - item.slice * p.slice);
                     u16* target = slot + static_cast<i64>(sent_pair - first_pair) * p.slice;
                     const u32 matrix_row = staging + lane % 8 * staging_pitch + lane / 8 * 16;  // see store_matrices
-                    // Of 32 columns, while those before them are scaled: all at once they would not fit the registers.
+                    // Of 32 columns, while those before them are scaled.
+                    const u32 scales = ring + scales_offset + item_position.slot * scales_bytes + 4 * fragment_column(t, 0);
                     Float2 scale[4], next_scale[4];
                     auto load_scales = [&](int column) {
-                        not_before(scales);
 #pragma unroll
-                        for (int group = 0; group < 4; ++group) {
-                            next_scale[group] = load_constant_2(scales + column + fragment_column(t, 4 * group));
-                        }
+                        for (int group = 0; group < 4; ++group) next_scale[group] = load_shared_2(scales + 4 * column + 32 * group);
                     };
                     load_scales(0);
 #pragma unroll

@@ -130,6 +130,11 @@ GLM_DEVICE Vector4 load_shared_16(u32 address) {
                  : "memory");
     return v;
 }
+GLM_DEVICE Float2 load_shared_2(u32 address) {
+    Float2 v;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address) : "memory");
+    return v;
+}
 GLM_DEVICE Float4 load_shared_floats(u32 address) {
     Float4 v;
     asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"

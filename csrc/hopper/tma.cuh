@@ -59,6 +59,13 @@ GLM_DEVICE void copy_box_to(u32 blocks, u32 target, const TensorMap& map, u32 ba
         : "memory");
 }
 
+// Bytes in a row, 16 at a time, which the barrier counts.
+GLM_DEVICE void copy_in(u32 target, const void* source, u32 bytes, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target), "l"(source),
+                 "r"(bytes), "r"(barrier)
+                 : "memory");
+}
+
 // The other way: bytes in a row from shared memory to global memory, 16 at a time. Copies that a thread has asked for since it
 // committed the last group are a group; it alone can wait for them.
 GLM_DEVICE void copy_out(void* target, u32 source, u32 bytes) {

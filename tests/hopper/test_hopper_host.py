@@ -380,6 +380,7 @@ def test_an_earlier_kernels_fault_is_told_apart(native: Native, mock: Mock) -> N
         ("glm_gemm2_ring_n128", {"out": 0}, "out is null"),
         ("glm_gemm2_turns_n256", {"slice": 128}, "slice 128 must be a multiple of 256 and divide hidden_size"),
         ("glm_gemm2_turns_n256", {"top_k": 6}, "top_k is 6, and this kernel adds up 8 choices; choose glm_gemm2_sum_"),
+        ("glm_gemm2_turns_n256", {"w2_scales": 0x1008}, "w2_scales must lie at a multiple of 16 bytes"),
         ("glm_gemm2_turns_lanes_n256", {"partial": 0x1008}, "partial must lie at a multiple of 16 bytes"),
         (
             "glm_gemm2_stationary_t640",

@@ -116,7 +116,8 @@ void check_pointers(const Kernel& kernel, const GlmHopperLayer& layer, Reason& r
   }
   if (second) {
     check_weights("w2", layer.w2, layer.w2_stride, w2_bytes, reason);
-    reason.pointer("w2_scales", layer.w2_scales, 4);
+    const bool copied = kernel.maps[1] == Map::w2_steps_256;  // by the copy engine, as weights are
+    reason.pointer("w2_scales", layer.w2_scales, copied ? 16 : 4);
     reason.pointer("topk_weights", layer.topk_weights, 4);
   }
   if (has_slices(kernel) || stationary) {

@@ -695,6 +695,7 @@ Float4 load_shared_floats(u32 address) {
     wait_until([] { return true; }, "its turn after a load");
     return value;
 }
+Float2 load_shared_2(u32 address) { return load_shared<Float2>(address); }
 Vector4 load_shared_16(u32 address) { return load_shared<Vector4>(address); }
 void store_shared_int(u32 address, int value) { store_shared(address, value); }
 void store_shared_float(u32 address, float value) { store_shared(address, value); }
@@ -861,6 +862,22 @@ void copies_arrive(u32 barrier) {
         arrive(*self->block, barrier);
     });
     self->chunks.clear();
+}
+
+void copy_in(u32 target, const void* source, u32 bytes, u32 barrier) {
+    Block* block = current->block;
+    const u8* from = static_cast<const u8*>(source);
+    if (reinterpret_cast<u64>(source) % 16 || target % 16 || bytes % 16 || !bytes) fail("bulk copy of %u bytes from %p to %u", bytes, source, target);
+    std::memset(shared_at(*block, target, bytes), poison, bytes);
+    launch_copy([block, target, from, bytes, barrier] {
+        if (block->running == 0) fail("a bulk copy lands in block %d, which has ended", block->index);
+        std::memcpy(shared_at(*block, target, bytes), from, bytes);
+        for (u32 granule = 0; granule < bytes / 16; ++granule) block->granules[(target - shared_start) / 16 + granule] = {};
+        Barrier& counted = barrier_at(*block, barrier);
+        counted.bytes -= bytes;
+        settle(counted);
+        world->progress = true;
+    });
 }
 
 // The engine reads the source and writes the target at moments of its own; what is there meanwhile is poison, as is what it reads
