@@ -160,7 +160,9 @@ def test_tiles_by_turns_or_in_order_are_as_right(changed_kernel: Callable[..., P
 
 
 @pytest.mark.parametrize("timing", [0, 1], ids=["eager", "late"])
-@pytest.mark.parametrize("kernel", [f"glm_gemm2_{name}" for name in ("sum_n128", "sum_n256", "ring_n128", "ring_n256", "turns_n256")])
+@pytest.mark.parametrize(
+    "kernel", [f"glm_gemm2_{name}" for name in ("sum_n128", "sum_n256", "ring_n128", "ring_n256", "turns_n256")]
+)
 @pytest.mark.parametrize("band", [0, 32])
 def test_extreme_timings_give_the_same_by_bands_or_without(check_program: Path, kernel: str, timing: int, band: int) -> None:
     shape = {"tokens": 72, "hidden": 512, "slice": 256, "band": band, "top_k": 2 if "_sum_" in kernel else 8}

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from emulated import run_check
 
-_GEMM1, _GEMM2, _DECODE1, _DECODE2 = "gemm1_prefill.cu", "gemm2_prefill.cu", "gemm1_decode.cu", "gemm2_decode.cu"
+_GEMM1, _DECODE1, _DECODE2 = "gemm1_prefill.cu", "gemm1_decode.cu", "gemm2_decode.cu"
+_GEMM2 = "gemm2_phases.cuh"  # which the next two include
+_STAGES, _TURNS = "gemm2_prefill.cu", "gemm2_turns.cu"
 _STATIONARY = "gemm2_stationary.cu"
 _SPLIT = "gemm1_split.cu"
 _PROLOGUE = "prologue.cu"
@@ -21,6 +23,7 @@ _READ_CHUNK = """                    Vector4 loaded[ring_choices];
                     for (int i = 0; i < ring_choices; ++i) loaded[i] = load_shared_16(rows + i * partial_row_bytes);
                     warp_sync();  // every lane has read
                     if (lane == 0) barrier_arrive(chunk_empty + 8 * chunk.slot);"""
+_ACQUIRED = "                    fence_proxy_async_global();\n"
 
 # name, file, kernel, text, what it becomes
 _FAULTS = [
@@ -235,7 +238,7 @@ _FAULTS = [
     *(
         (name, _GEMM2, "glm_gemm2_ring_n256", text, other)
         for name, text, other in (
-            ("products acquired without a proxy fence", "                    fence_proxy_async_global();\n", ""),
+            ("products acquired without a proxy fence", _ACQUIRED, ""),
             (
                 "copies of products that are not finished",
                 "                    acquire_at_least(gemms_done + phase, tiles_of(band) * (p.slice / COLUMNS));\n"
@@ -290,6 +293,65 @@ _FAULTS = [
         "low_bf16(loaded[choice].word[word] & keep)",
         "low_bf16(loaded[choice].word[word])",
     ),
+    ("partials of turns acquired without a proxy fence", _GEMM2, "glm_gemm2_turns_n256", _ACQUIRED, ""),
+    *(
+        (name, _TURNS, "glm_gemm2_turns_n256", text, other)
+        for name, text, other in (
+            ("partials sent without a proxy fence", "if (BY_ENGINE) fence_proxy_async();", ""),
+            ("partials sent before every lane has written", "warp_sync();  // every lane has written", ""),
+            ("staging written before it has been read", "if (BY_ENGINE) copies_out_read();", ""),
+            (
+                "partials told when they have been read",
+                "if (BY_ENGINE) copies_out_done();",
+                "if (BY_ENGINE) copies_out_read();",
+            ),
+            ("partials told when their copies are asked for", "if (BY_ENGINE) copies_out_done();", ""),
+            ("copies in no group", "                            copies_out_commit();\n", ""),
+            ("partials told before every lane's copies are done", "warp_sync();  // every lane has stored", ""),
+            ("the pair of another warp's row", "p.rows[first_row + sent_row]", "p.rows[first_row + lane]"),
+            ("a row past the tile's end sent", "lane < turn_warp_rows && sent_row < size", "lane < turn_warp_rows"),
+            (
+                "weights of two turns freed by the first",
+                "if (!shared) barrier_arrive(at.w2_empty",
+                "barrier_arrive(at.w2_empty",
+            ),
+            ("weights of one turn never freed", "if (!shared) barrier_arrive(at.w2_empty", "if (0) barrier_arrive(at.w2_empty"),
+            ("weights copied over those that are read", "barrier_wait(at.w2_empty", "if (0) barrier_wait(at.w2_empty"),
+            ("weights multiplied before they come", "barrier_wait(at.w2_full", "if (0) barrier_wait(at.w2_full"),
+            ("rows copied over those that are read", "barrier_wait(at.rows_empty", "if (0) barrier_wait(at.rows_empty"),
+            (
+                "the stage freed that is multiplied",
+                "if (stage > 0) release(turn_slot(row_stage - 1), turn_slot(w2_stage - 1));",
+                "release(turn_slot(row_stage), turn_slot(w2_stage));",
+            ),
+            (
+                "a turn that does not wait for the one before",
+                "if (stages > 1) barrier_wait(at.multiplied",
+                "if (0) barrier_wait(at.multiplied",
+            ),
+            ("the rows of the first turn for both", "0, first_row + row, stage", "0, first_row, stage"),
+            ("two turns' weights counted as one's", "weights += shared ? 1 : turns * stages", "weights += turns * stages"),
+            ("both turns of an item by both", "mine = own ^ first;", "mine = 0;"),
+            (
+                "an item never told by who had no turn",
+                "            if (lane == 0) barrier_arrive(items.stored",
+                "            if (lane == 0 && mine < turns) barrier_arrive(items.stored",
+            ),
+            (
+                "the scales of the item before",
+                "item_position.slot * scales_bytes",
+                "(item_position.slot + 3) % gemm2_items * scales_bytes",
+            ),
+            (
+                "an item full before its scales",
+                "scales_offset + slot * scales_bytes, p.w2_scales",
+                "scales_offset + (slot ^ 1) * scales_bytes, p.w2_scales",
+            ),
+            ("sums of turns read before they are done", "mma_wait<0>();", ""),
+            ("matrices a row off", "staging + lane % 8 * staging_pitch", "staging + (lane + 1) % 8 * staging_pitch"),
+        )
+    ),
+    ("another row's pair", _TURNS, "glm_gemm2_turns_lanes_n256", "shuffle(sent_pair, row)", "shuffle(sent_pair, row ^ 1)"),
     (
         "scales read before they are written",
         _DECODE1,
@@ -463,11 +525,13 @@ def _options(kernel: str, seed: int) -> dict[str, int]:
         return {**shared, **({"tokens": 660}, {"tokens": 60, "width": 768, "top_k": 8}, {"tokens": 130, "skew": 1})[seed % 3]}
     shared = {"tokens": 150, "hidden": 512, "slice": 128, "slots": 2, "experts": 2}
     banded = {2: {"band": 64, "grid": 2}, 3: {"band": 32, "grid": 4, "silent": 0b110}}
-    if "_ring_" in kernel:
+    if "_ring_" in kernel or "_turns_" in kernel:
         # Four slices, so that slots are used again, and a last item of one token. In every fourth, items of one chunk that wait
         # for no products, and more of them than a block may have under way.
         shared |= {"tokens": 97, "hidden": 1024, "slice": 256, "top_k": 8}
         banded[0] = {"tokens": 4, "hidden": 2560, "slots": 10, "grid": 1, "invalid": 100}
+    if "_turns_" in kernel and seed % 3 == 0:  # turns of several stages
+        shared |= {"width": 576}
     if "_split" in kernel:
         return {**shared, "grid": 9 if seed % 2 else 2}
     return {**shared, **banded.get(seed % 4, {"grid": 2})}
@@ -479,8 +543,10 @@ def _source_of(kernel: str, file: str) -> str:
         return _PROLOGUE
     if "_stationary_" in kernel:
         return _STATIONARY
-    if "_ring_" in kernel:
-        return _GEMM2
+    if "_turns_" in kernel:
+        return _TURNS
+    if "_gemm2_sum_" in kernel or "_ring_" in kernel:
+        return _STAGES
     return _GEMM1 if kernel.endswith(("_c1", "_c2")) else file
 
 
@@ -504,9 +570,10 @@ def test_planted_fault_is_found(found: dict[str, Future[bool]], name: str) -> No
     assert found[name].result(), f"{name}: not found by 12 runs"
 
 
-@pytest.mark.parametrize("file", [_GEMM1, _SPLIT, _GEMM2, _DECODE1, _DECODE2, _STATIONARY, _PROLOGUE])
+@pytest.mark.parametrize("file", [_GEMM1, _SPLIT, _STAGES, _TURNS, _DECODE1, _DECODE2, _STATIONARY, _PROLOGUE])
 def test_unchanged_kernels_pass_the_same_runs(changed_kernel: Callable[..., Path], file: str) -> None:
-    kernels = {kernel for _, of_fault, kernel, _, _ in _FAULTS if of_fault == file}
+    kernels = {kernel for _, of_fault, kernel, _, _ in _FAULTS if _source_of(kernel, of_fault) == file}
+    assert kernels
     program = changed_kernel(file, "namespace glm_hopper", "namespace glm_hopper", file)
     for kernel in kernels:
         for seed, timing in ((1, 2), (2, 1)):
