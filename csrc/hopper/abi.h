@@ -73,7 +73,7 @@ constexpr MapShape map_shapes[] = {
 //     tiles: of several bands are listed band by band, and none has rows of two.
 //     band_tiles: [bands] int32, the first tile of each band; not read where there is one.
 //     counters: 3 + 2 · bands · ceil(K / slice) int32 zeros, and zeros again afterwards: counts + 3, where routing.py has 2049.
-// Family::gemm2_ring (glm_gemm2_ring_*, glm_gemm2_turns_*): the same, the sums reading partials through a ring of boxes in shared memory.
+// Family::gemm2_ring (glm_gemm2_ring_*, glm_gemm2_turns_*): the same, the sums reading partials by boxes in shared memory.
 //     TensorMap act_rows (act_steps_64 for turns), TensorMap w2_rows (w2_steps_256), TensorMap partial_rows, const float* act_scales [P],
 //     const float* w2_scales [E, K], const float* topk_weights [P], bf16* partial [slots, band · top_k, slice],
 //     const int* local_ids [P], bf16* out [M, K], const int* rows [P], const int* tiles, const int* counts, int* counters,

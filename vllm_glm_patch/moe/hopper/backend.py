@@ -7,8 +7,8 @@ the rest:
     many tokens, intermediate_size 192   gemm1_row · gemm2_sum
     many tokens, wider                   gemm1_columns · (Triton) requantise · gemm2_sum
     many tokens, by name only            the same GEMM1 · gemm2_stationary, which has no partials
-    many tokens, by name or a table      the same GEMM1 · gemm2_ring, which reads partials through shared memory, or gemm2_turns,
-                                         which also sends them off that way
+    many tokens, by name or a table      the same GEMM1 · gemm2_ring, which reads partials through shared memory
+    many tokens, by name only            the same GEMM1 · gemm2_turns, which also sends them off that way
     few tokens                           gemm1_decode · gemm2_decode · topk_sum
 
 GEMM1 may also be Triton's, before either of the two ways of GEMM2 (HopperConfig.gemm1 "triton").
@@ -54,8 +54,8 @@ PROLOGUE_EXPERTS = 511  # the most that glm_prologue_* counts; abi.h's prologue_
 class HopperConfig:
     """Kernels by name. `slice` × `band`: columns × tokens whose partials exist at once, a phase; slice is a power of two; band
     0, or no less than the tokens there are, means all of them; `slots`: phases in flight; the three for
-    glm_gemm2_sum_*, …_ring_* and …_turns_* only: glm_gemm2_stationary_* has no use for the first two, and its band, if given, is
-    its own.
+    glm_gemm2_sum_*, …_ring_* and …_turns_* only: glm_gemm2_stationary_* has no use for the first two, and its band, if given,
+    is its own.
     `programmatic`: a kernel that knows how may start while the one before it ends, be that one of the prologue.
     `weight_promotion`: bytes that L2 fetches at once for weights, 128 or 256. `prologue`: "triton" or "native", whose routing
     is done by one block or a cluster as the pairs are few or many; "native_c1" and "native_c8" take either for any number.
