@@ -74,11 +74,11 @@ constexpr MapShape map_shapes[] = {
 //     band_tiles: [bands] int32, the first tile of each band; not read where there is one.
 //     counters: 3 + 2 · bands · ceil(K / slice) int32 zeros, and zeros again afterwards: counts + 3, where routing.py has 2049.
 // Family::gemm2_ring (glm_gemm2_ring_*, glm_gemm2_turns_*): the same, the sums reading partials by boxes in shared memory.
-//     TensorMap act_rows (act_steps_64 for turns), TensorMap w2_rows (w2_steps_256), TensorMap partial_rows, const float* act_scales [P],
-//     const float* w2_scales [E, K], const float* topk_weights [P], bf16* partial [slots, band · top_k, slice],
-//     const int* local_ids [P], bf16* out [M, K], const int* rows [P], const int* tiles, const int* counts, int* counters,
-//     const int* band_tiles, int tokens, int max_tiles, int hidden_size, int intermediate_size, int experts, int top_k,
-//     int slice, int slots, int band
+//     TensorMap act_rows (act_steps_64 for turns), TensorMap w2_rows (w2_steps_256), TensorMap partial_rows,
+//     const float* act_scales [P], const float* w2_scales [E, K], const float* topk_weights [P],
+//     bf16* partial [slots, band · top_k, slice], const int* local_ids [P], bf16* out [M, K], const int* rows [P],
+//     const int* tiles, const int* counts, int* counters, const int* band_tiles, int tokens, int max_tiles, int hidden_size,
+//     int intermediate_size, int experts, int top_k, int slice, int slots, int band
 //     all: as of gemm2, but w2_scales of turns aligned to 16.
 // Family::gemm2_stationary (glm_gemm2_stationary_*): GEMM2 and the top-k sum in one launch, the sums in shared memory.
 //     TensorMap act_steps, TensorMap w2_steps, const float* act_scales [P], const float* w2_scales [E, K],

@@ -96,7 +96,7 @@ struct NoTurns {
     static constexpr u32 bytes = 0;
 };
 
-// The ring of GEMM items, for who copies and multiplies in another way: addresses of its barriers and of what is told of an item.
+// The ring of GEMM items, for who multiplies in another way: addresses of its barriers and of what is told of an item.
 struct ItemSlots {
     u32 full, stored, number, row, size, phase;
 };

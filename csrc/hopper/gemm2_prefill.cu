@@ -1,4 +1,4 @@
-// GEMM2 and the top-k sum for many tokens, operands in stages of 128 rows and K steps of 128; gemm2_phases.cuh says how it works.
+// GEMM2 and the top-k sum for many tokens, operands in stages of 128 rows and K steps of 128; gemm2_phases.cuh says how.
 #include "gemm2_phases.cuh"
 
 using namespace glm_hopper;

@@ -1,27 +1,27 @@
-// GEMM2 and the top-k sum for many tokens whose two multiplying warpgroups take turns: one multiplies 64 rows of an item while the
-// other scales its own and sends them off. All else, the sums too, is gemm2_phases.cuh's.
+// GEMM2 and the top-k sum for many tokens whose two multiplying warpgroups take turns: one multiplies 64 rows of an item while
+// the other scales its own and sends them off. All else, the sums too, is gemm2_phases.cuh's.
 //
-// An item (128 rows of an expert × 256 columns) has one turn or two, as it has rows, and every turn is the other warpgroup's, also
-// from item to item. K goes by stages of 192, which every width is a multiple of: 64 rows of act and 256 of w2, one box each.
-// There are two stages of either. Where a row is one stage, an item's weights come once for both of its turns; where it is several,
-// the ring is too short to keep them, and every turn has its own.
+// An item (128 rows of an expert × 256 columns) has one turn or two, as it has rows, and every turn is the other warpgroup's,
+// also from item to item. K goes by stages of 192, which every width is a multiple of: 64 rows of act and 256 of w2, one box
+// each. There are two stages of either. Where a row is one stage, an item's weights come once for both of its turns; where it
+// is several, the ring is too short to keep them, and every turn has its own.
 //
-// An item's scales of w2 come with its number, into its slot: a wait for bulk copies empties the multiprocessor's L1, where they would
-// be looked for otherwise.
+// An item's scales of w2 come with its number, into its slot: a wait for bulk copies empties the multiprocessor's L1, where
+// they would be looked for otherwise.
 //
-// Partials leave by way of shared memory. A warp scales its 16 rows and writes 128 columns of them into a staging area of its own, as
-// they lie in the accumulators (stmatrix; rows 272 bytes apart, so that 8 of them meet in no bank). The other 128 columns go the same
-// way once these have been read. glm_gemm2_turns_n256: by the copy engine; each of 16 lanes, which knows its row's pair, sends 256 bytes
-// to where they belong. glm_gemm2_turns_lanes_n256: by stores; 16 lanes write a row, two whole lines, and all else is as with
-// glm_gemm2_ring_*.
+// Partials leave by way of shared memory. A warp scales its 16 rows and writes 128 columns of them into a staging area of its
+// own, as they lie in the accumulators (stmatrix; rows 272 bytes apart, so that 8 of them meet in no bank). The other 128 go
+// the same way once these have been read.
+//     glm_gemm2_turns_n256: by the copy engine; each of 16 lanes, which knows its row's pair, sends 256 bytes.
+//     glm_gemm2_turns_lanes_n256: by stores; 16 lanes write a row, two whole lines. All else is as with glm_gemm2_ring_*.
 //
-// The copy engine: staging is written by ordinary stores and read by the copy engine, another proxy: every lane has a proxy fence after its stores,
-// then the warp meets, then lanes ask for copies. It is written again after wait_group.read of those lanes, and the warp's meeting.
-// What a copy has written counts as written by the copy engine until its thread has waited for the group, not just for the
-// reading of its source: the completion makes the writes visible to that thread, and comes with a proxy fence of its own (PTX,
-// «async proxy»). From there on they are like stores of that thread, and the way is gemm2_phases.cuh's: the warp's meeting →
-// item_stored → the herald's release → the reader's acquire → the reader's fence.proxy.async.global → its copies. Back again, as
-// there: what is sent after sums_done is told comes after the reading.
+// Where the copy engine sends them: staging is written by ordinary stores and read by another proxy. So every lane has a proxy
+// fence after its stores, then the warp meets, then lanes ask for copies. Staging is written again after wait_group.read of
+// those lanes, and the warp's meeting. What a copy has written counts as written by the copy engine until its thread has waited
+// for the group, not just for the reading of its source: the completion makes the writes visible to that thread, and comes with
+// a proxy fence of its own (PTX, «async proxy»). From there on they are like stores of that thread, and the way is
+// gemm2_phases.cuh's: the warp's meeting → item_stored → the herald's release → the reader's acquire → the reader's
+// fence.proxy.async.global → its copies. Back again, as there: what is sent after sums_done is told comes after the reading.
 #include "gemm2_phases.cuh"
 
 namespace glm_hopper {
@@ -38,7 +38,7 @@ constexpr int staging_columns = 128;                        // of an instruction
 constexpr int sending_lanes = 2 * staging_columns / 16;      // of a row, where lanes store it
 constexpr u32 staging_pitch = 2 * staging_columns + 16, staging_bytes = turn_warp_rows * staging_pitch;
 
-// Number n of a ring of two lies in slot n % 2, for whose full barrier one waits with this parity, with the other one for empty.
+// Number n of a ring of two lies in slot n % 2. One waits for its full barrier with this parity, for empty with the other.
 GLM_HD u32 turn_slot(u32 number) { return number % turn_stages; }
 GLM_HD u32 turn_parity(u32 number) { return number / turn_stages % 2; }
 
@@ -94,7 +94,8 @@ struct Turns {
                     barrier_wait(at.w2_empty + 8 * slot, turn_parity(weights) ^ 1);
                     barrier_expect(ready, with_weights ? turn_w2_bytes : 0);
                     if (with_weights) {
-                        copy_box(ring + w2_offset + slot * turn_w2_bytes, w2, ready, 0, item.column, stage * turn_steps, expert);
+                        const u32 target = ring + w2_offset + slot * turn_w2_bytes;
+                        copy_box(target, w2, ready, 0, item.column, stage * turn_steps, expert);
                     }
                     ++weights;
                 }
@@ -109,8 +110,8 @@ struct Turns {
     }
 
     // A multiplying warpgroup's work.
-    static GLM_DEVICE void multiply(u32 ring, u32 barriers, const ItemSlots& items, const Gemm2Arguments& p, int bands, int tiles,
-                                    int band_pairs, i64 slot_elements) {
+    static GLM_DEVICE void multiply(u32 ring, u32 barriers, const ItemSlots& items, const Gemm2Arguments& p, int bands,
+                                    int tiles, int band_pairs, i64 slot_elements) {
         const Barriers at = barriers_at(barriers);
         const int thread = thread_index(), t = thread % 128, lane = thread % 32;
         const u32 own = warp_uniform(thread / 128) - 1, other = 1 - own;
@@ -118,9 +119,9 @@ struct Turns {
         const u32 staging = ring + staging_offset + (own * (turn_warps / 2) + warp_row / turn_warp_rows) * staging_bytes;
         const u32 stages = p.intermediate_size / turn_stage_k;
         Ring<gemm2_items> item_position;
-        u32 first = 0;          // whose the item's first turn is
+        u32 first = 0;              // whose the item's first turn is
         u32 rows = 0, weights = 0;  // copied for the items before, in stages
-        u32 turn = own ^ 1;     // parity that says of the other's turn before that it is multiplied; before the first there is none
+        u32 turn = own ^ 1;         // parity that says of the turn before, if any, that it is multiplied
         while (true) {
             barrier_wait(items.full + 8 * item_position.slot, item_position.parity);
             const int number = load_shared_int(items.number + 4 * item_position.slot);
@@ -145,9 +146,9 @@ struct Turns {
                 const int sent_row = warp_row + lane;
                 const bool sends = lane < turn_warp_rows && sent_row < size;
                 const int sent_pair = sends ? p.rows[first_row + sent_row] : 0;
-                // A turn of several stages may be a round of the rings ahead of the one before, which a parity cannot tell apart. Where
-                // a turn is one stage, each warpgroup has a slot of rows to itself; and that these rows have come says that all before
-                // these weights are done with.
+                // A turn of several stages may be a round of the rings ahead of the one before, which a parity cannot tell.
+                // Where a turn is one stage, each warpgroup has a slot of rows to itself; and that these rows have come says
+                // that all before these weights are done with.
                 if (stages > 1) barrier_wait(at.multiplied + 8 * other, turn);
                 // 128 columns an instruction: one of 256 does not fit the 128 registers a thread of 512 starts with.
                 float d[turn_columns / staging_columns][staging_columns / 2];
@@ -173,8 +174,8 @@ struct Turns {
                             const u64 b_step = step * (turn_columns * turn_step_k >> 4) + k * descriptor_step;
 #pragma unroll
                             for (int part = 0; part < turn_columns / staging_columns; ++part) {
-                                mma<staging_columns>(d[part], a + a_step, b + b_step + part * (staging_columns * turn_step_k >> 4),
-                                                     stage > 0 || step > 0 || k > 0);
+                                const u64 columns = b + b_step + part * (staging_columns * turn_step_k >> 4);
+                                mma<staging_columns>(d[part], a + a_step, columns, stage > 0 || step > 0 || k > 0);
                             }
                         }
                     }
@@ -204,7 +205,9 @@ struct Turns {
                     Float2 scale[4], next_scale[4];
                     auto load_scales = [&](int column) {
 #pragma unroll
-                        for (int group = 0; group < 4; ++group) next_scale[group] = load_shared_2(scales + 4 * column + 32 * group);
+                        for (int group = 0; group < 4; ++group) {
+                            next_scale[group] = load_shared_2(scales + 4 * column + 32 * group);
+                        }
                     };
                     load_scales(0);
 #pragma unroll
@@ -222,11 +225,11 @@ struct Turns {
                             u32 packed[2][4];
 #pragma unroll
                             for (int group = 0; group < 4; ++group) {
-                                const int i = 16 * four + 4 * group;
 #pragma unroll
                                 for (int half = 0; half < 2; ++half) {
-                                    packed[half][group] = pack_bf16(d[part][i + 2 * half] * scale[group].x * row_scale[half],
-                                                                    d[part][i + 2 * half + 1] * scale[group].y * row_scale[half]);
+                                    const int i = 16 * four + 4 * group + 2 * half;
+                                    packed[half][group] = pack_bf16(d[part][i] * scale[group].x * row_scale[half],
+                                                                    d[part][i + 1] * scale[group].y * row_scale[half]);
                                 }
                             }
 #pragma unroll
@@ -237,7 +240,8 @@ struct Turns {
                         if (BY_ENGINE) fence_proxy_async();
                         warp_sync();  // every lane has written
                         if (BY_ENGINE) {
-                            if (sends) copy_out(target + part * staging_columns, staging + lane * staging_pitch, 2 * staging_columns);
+                            const u32 row = staging + lane * staging_pitch;
+                            if (sends) copy_out(target + part * staging_columns, row, 2 * staging_columns);
                             copies_out_commit();
                         } else {
 #pragma unroll

@@ -158,8 +158,8 @@ GLM_DEVICE void store_shared_8(u32 address, Vector2 v) {
 // Four matrices of 8 × 8 values of 16 bits as they lie in accumulators: of each, a lane gives two values of row lane / 4, and
 // the address of row lane % 8 of matrix lane / 8.
 GLM_DEVICE void store_matrices(u32 address, const u32 (&v)[4]) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v[0]), "r"(v[1]), "r"(v[2]),
-                 "r"(v[3])
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v[0]), "r"(v[1]),
+                 "r"(v[2]), "r"(v[3])
                  : "memory");
 }
 GLM_DEVICE void store_shared_floats(u32 address, Float4 v) {

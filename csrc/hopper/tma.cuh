@@ -1,5 +1,5 @@
-// The copy engine: a box of a tensor map into shared memory, swizzled, counted in bytes by an mbarrier, out of bounds zeros; and
-// bytes in a row out of it.
+// The copy engine: a box of a tensor map into shared memory, swizzled, counted in bytes by an mbarrier; out of bounds is zero.
+// And bytes in a row, into it and out of it.
 #pragma once
 
 #include "platform.cuh"
@@ -61,15 +61,16 @@ GLM_DEVICE void copy_box_to(u32 blocks, u32 target, const TensorMap& map, u32 ba
 
 // Bytes in a row, 16 at a time, which the barrier counts.
 GLM_DEVICE void copy_in(u32 target, const void* source, u32 bytes, u32 barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target), "l"(source),
-                 "r"(bytes), "r"(barrier)
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
+                 "l"(source), "r"(bytes), "r"(barrier)
                  : "memory");
 }
 
 // The other way: bytes in a row from shared memory to global memory, 16 at a time. Copies that a thread has asked for since it
 // committed the last group are a group; it alone can wait for them.
 GLM_DEVICE void copy_out(void* target, u32 source, u32 bytes) {
-    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(target), "r"(source), "r"(bytes) : "memory");
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(target), "r"(source), "r"(bytes)
+                 : "memory");
 }
 GLM_DEVICE void copies_out_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 // Until all of this thread's groups have read shared memory, which may be written again then.

@@ -867,7 +867,9 @@ void copies_arrive(u32 barrier) {
 void copy_in(u32 target, const void* source, u32 bytes, u32 barrier) {
     Block* block = current->block;
     const u8* from = static_cast<const u8*>(source);
-    if (reinterpret_cast<u64>(source) % 16 || target % 16 || bytes % 16 || !bytes) fail("bulk copy of %u bytes from %p to %u", bytes, source, target);
+    if (reinterpret_cast<u64>(source) % 16 || target % 16 || bytes % 16 || !bytes) {
+        fail("bulk copy of %u bytes from %p to %u", bytes, source, target);
+    }
     std::memset(shared_at(*block, target, bytes), poison, bytes);
     launch_copy([block, target, from, bytes, barrier] {
         if (block->running == 0) fail("a bulk copy lands in block %d, which has ended", block->index);
@@ -880,12 +882,14 @@ void copy_in(u32 target, const void* source, u32 bytes, u32 barrier) {
     });
 }
 
-// The engine reads the source and writes the target at moments of its own; what is there meanwhile is poison, as is what it reads
-// of stores without a proxy fence since. Its thread sees the target written once it has waited for the group, others by way of it.
+// The engine reads the source and writes the target at moments of its own; what is there meanwhile is poison, as is what it
+// reads of stores without a proxy fence since. Its thread sees the target written once it has waited for the group.
 void copy_out(void* target, u32 source, u32 bytes) {
     Block* block = current->block;
     u8* to = static_cast<u8*>(target);
-    if (reinterpret_cast<u64>(target) % 16 || source % 16 || bytes % 16 || !bytes) fail("bulk copy of %u bytes from %u to %p", bytes, source, target);
+    if (reinterpret_cast<u64>(target) % 16 || source % 16 || bytes % 16 || !bytes) {
+        fail("bulk copy of %u bytes from %u to %p", bytes, source, target);
+    }
     shared_at(*block, source, bytes);
     std::vector<bool> fenced(bytes / 16);
     for (u32 i = 0; i < bytes / 16; ++i) {

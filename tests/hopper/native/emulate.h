@@ -5,9 +5,9 @@
 // wgmma reads shared memory at issue or only at the wait that retires it, and its accumulators hold NaN in between. So a
 // wrong phase, an early reuse or a missing wait shows as a wrong result, a deadlock is reported with who waits for what,
 // and accesses outside shared memory, wrong alignments and missing proxy fences stop the run with a message; but what TMA reads
-// without a proxy fence since it was stored in global memory comes as poison, since a box may have what nobody uses. Bulk copies to
-// global memory read at a random later moment and write at another; until then their target is poison, and so is what they read
-// without a proxy fence since it was stored in shared memory.
+// without a proxy fence since it was stored in global memory comes as poison, since a box may have what nobody uses. Bulk
+// copies to global memory read at a random later moment and write at another; until then their target is poison, and so is what
+// they read without a proxy fence since it was stored in shared memory.
 #pragma once
 
 #include <functional>
