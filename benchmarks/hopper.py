@@ -4,7 +4,7 @@
     python benchmarks/hopper.py --build --define GLM_WAIT_LIMIT=400000000LL --check --only row_c2 --out $OUT   # who hangs?
     python benchmarks/hopper.py --out $OUT [--shapes TP8] [--tokens 8192,64] [--seconds 420]
     python benchmarks/hopper.py --out $OUT --tokens 8192,2048 --only "n256 slice 256×2 spread"    # every GEMM1 once
-    python benchmarks/hopper.py --build --define GLM_WITHOUT_PRODUCTS --out $OUT …                # GEMM1 without a part of it
+    python benchmarks/hopper.py --build --define GLM_WITHOUT_PRODUCTS --out $OUT …                # GEMMs without a part of them
     python benchmarks/hopper.py --out $OUT --only prologue --tokens 1,8,16,64,256,1024,8192   # native against Triton's
 
 The work is done in a child process: one that hangs or dies is killed, reported with the case it was at, and a new one
