@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import pytest
 
@@ -65,19 +66,35 @@ def signals_stay_as_they_were() -> Iterator[None]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip what is marked `gpu` where there is no card. Of several processes one has all servers, and each file has one."""
+    """Skip what is marked `gpu` where there is no card. In several processes, first what takes the longest: the servers."""
     if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            item.add_marker(pytest.mark.xdist_group("serve" if _serves(item) else item.path.name))
-        items.sort(key=lambda item: not _serves(item))  # first what takes the longest
+        items.sort(key=lambda item: not _serves(item.path))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and not _has_card():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="no CUDA card is present"))
 
 
-def _serves(item: pytest.Item) -> bool:
-    return item.path.parent.name == "serve"
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With --dist loadgroup one process has all servers, and each other file has one process.
+
+    Not by the mark `xdist_group`: pytest-xdist 3.8 writes it into an attribute of items that pytest 9.2 no longer reads.
+    """
+    if config.getvalue("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "serve" if _serves(Path(file)) else file
+
+    return ByFile(config, log)
+
+
+def _serves(file: Path) -> bool:
+    return file.parent.name == "serve"
 
 
 def _has_card() -> bool:
