@@ -261,16 +261,16 @@ def plan(problem: Problem, card: Card, most: int) -> tuple[list[int], list[int],
     from ..moe import backends
     from ..moe.workspace import TOKENS_PER_PASS
 
-    theirs, last = 0, {}
+    theirs, last, ends = 0, {}, {}
     for tokens in range(1, min(most, TOKENS_PER_PASS) + 1):
         part = problem.with_tokens(tokens)
         configuration = backends.configuration(part, card)
         if configuration is None:
             theirs = tokens
         else:
-            last[configuration, backends.variant(part, card)] = tokens
+            last[configuration, backends.variant(part, card)] = ends[configuration] = tokens
     compiled = {tokens for end in last.values() for tokens in (end - 1, end) if tokens > 0}
-    return sorted(compiled), sorted({max(last[key] for key in last if key[0] == one) for one, _ in last}), theirs
+    return sorted(compiled), sorted(ends.values()), theirs
 
 
 def _is_captured(call: Call) -> bool:

@@ -11,8 +11,8 @@ the rest:
     many tokens, by name only            the same GEMM1 · gemm2_turns, which also sends them off that way
     few tokens                           gemm1_decode · gemm2_decode · topk_sum
 
-GEMM1 may also be Triton's, before either of the two ways of GEMM2 (HopperConfig.gemm1 "triton").
-It serves where it is asked for, by the setting or by a tuned table (backends.py): right on an H100, faster only in places.
+GEMM1 may also be Triton's, before any of these ways of GEMM2 (HopperConfig.gemm1 "triton").
+It serves where it is asked for, by the setting or by a tuned table (backends.py): where it was measured to be faster.
 """
 
 from __future__ import annotations
