@@ -5,6 +5,7 @@
     python benchmarks/hopper.py --out $OUT [--shapes TP8] [--tokens 8192,64] [--seconds 420]
     python benchmarks/hopper.py --out $OUT --tokens 8192,2048 --only "n256 slice 256×2 spread"    # every GEMM1 once
     python benchmarks/hopper.py --build --define GLM_WITHOUT_PRODUCTS --out $OUT …                # GEMMs without a part of them
+    python benchmarks/hopper.py --out $OUT --gemm1 row_split --gemm2 ring_n256:256x3,turns_n256:256x6,sum_n256:256x3@2048  # a few
     python benchmarks/hopper.py --out $OUT --only prologue --tokens 1,8,16,64,256,1024,8192   # native against Triton's
 
 The work is done in a child process: one that hangs or dies is killed, reported with the case it was at, and a new one
@@ -31,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path += [str(ROOT), str(ROOT / "tests/gpu")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/gpu")]  # before an installed package: --build compiles into this tree
 
 from vllm_glm_patch.moe.problem import GLM_SHAPES as SHAPES  # noqa: E402
 
@@ -212,6 +213,22 @@ def gemms_timed(shape: str, tokens: int) -> list[Case]:
             Case(shape, tokens, first[0], f"glm_gemm2_stationary_{name}") for name in ("t640", "t512", "t640_c2", "t512_c2")
         ]
         cases += [Case(shape, tokens, "triton", "glm_gemm2_stationary_t640", programmatic=early) for early in (True, False)]
+    return cases
+
+
+def named(shape: str, tokens: int, gemm1: str, gemm2: str, prologue: str) -> list[Case]:
+    """One GEMM1 before each of a list of GEMM2, `name:slicexslots` or `name:slicexslots@band`."""
+    cases = []
+    for word in gemm2.split(","):
+        name, _, sizes = word.partition(":")
+        sliced, _, band = sizes.partition("@")
+        slice_, _, slots = sliced.partition("x")
+        if not (slice_.isdigit() and slots.isdigit() and (band or "0").isdigit()):
+            raise SystemExit(f"--gemm2 has {word!r}; name each as ring_n256:256x3, with @2048 behind it for bands of 2048 tokens")
+        first = gemm1 if gemm1 == "triton" else f"glm_gemm1_{gemm1}"
+        cases.append(
+            Case(shape, tokens, first, f"glm_gemm2_{name}", int(slice_), int(slots), band=int(band or 0), prologue=prologue)
+        )
     return cases
 
 
@@ -487,6 +504,9 @@ def main() -> int:
     )
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--only", default="", help="cases whose text has this")
+    parser.add_argument("--gemm2", help="time these and nothing else: name:slicexslots[@band],…")
+    parser.add_argument("--gemm1", default="row_split", help="with --gemm2: what goes before each")
+    parser.add_argument("--prologue", default="native", help="with --gemm2: triton or native")
     parser.add_argument("--shapes", default="TP8")
     parser.add_argument("--tokens", default="8192,1024,64,8,1")
     parser.add_argument("--seconds", type=float, default=420.0)
@@ -503,10 +523,15 @@ def main() -> int:
     if options.build:
         build(options.define)
         print(f"built in {time.monotonic() - start:.0f} s", flush=True)
-    cases = checks()
+    cases = checks() if options.check else []
     if not options.check:
         counts = list(map(int, options.tokens.split(",")))
-        cases = [case for shape in options.shapes.split(",") for tokens in counts for case in timed(shape, tokens)]
+        for shape in options.shapes.split(","):
+            for tokens in counts:
+                if options.gemm2:
+                    cases += named(shape, tokens, options.gemm1, options.gemm2, options.prologue)
+                else:
+                    cases += timed(shape, tokens)
     cases = [case for case in cases if options.only in case.text]
     data = (options.out / "hopper.jsonl").open("a")
     bad = 0

@@ -60,6 +60,9 @@ constexpr int sum_threads = 128;
 constexpr int chunk_tokens = sum_threads / 32;
 constexpr u32 partial_row_bytes = 2 * ring_columns, partials_bytes = chunk_tokens * ring_choices * partial_row_bytes;
 constexpr int ring_items_ahead = 4;  // ring of sum items there
+constexpr u32 line_bytes = 128;      // of L2
+constexpr int row_lines = partial_row_bytes / line_bytes;
+static_assert(ring_choices * row_lines == 32, "a lane has one line of a token's partials");
 static_assert(sum_tokens % (32 / ring_choices * chunk_tokens) == 0 && partial_row_bytes == 32 * 16, "a lane adds up 8 columns");
 constexpr int no_more = -1;          // an item's number when there are no more
 
@@ -123,7 +126,8 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Tenso
     const u32 item_number = in_ring ? chunk_empty + 8 * CHUNKS : sum_empty, item_expert = item_number + 4 * gemm2_items;
     const u32 item_row = item_expert + 4 * gemm2_items, item_size = item_row + 4 * gemm2_items;
     const u32 item_phase = item_size + 4 * gemm2_items, sum_number = item_phase + 4 * gemm2_items;
-    const u32 turn_barriers = sum_number + 4 * items_ahead;  // with Turns only
+    const u32 sum_row = sum_number + 4 * items_ahead;                                    // of a ring only: where its partials begin
+    const u32 turn_barriers = sum_row + (in_ring ? 4 * items_ahead : 0);  // with Turns only
 
     const int thread = thread_index();
     const int warpgroup = warp_uniform(thread / 128);
@@ -182,10 +186,21 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Tenso
     const int chunk_parts = with_sums ? p.slice / ring_columns : 0;
 
     if (warpgroup == 0) {
-        registers_down<Turns::there ? 56 : 40>();
+        registers_down<Turns::there ? 56 : 48>();
         if (thread == 0) {  // the copier
             Turns turns{};
-            int number = atomic_next(next_item);
+            // Drawn and looked up ahead, since either takes a round trip: while one item is copied, the next one's tile is looked up
+            // and the number of the one after it is on its way.
+            struct Tile {
+                int expert, first_row, size;
+            };
+            auto tile_of = [&](int number) {
+                if (number >= gemm_items) return Tile{0, 0, 0};
+                const int* tile = p.tiles + gemm2_item(number, tiles, p.slice, COLUMNS).tile;
+                return Tile{tile[0], tile[p.max_tiles], tile[2 * p.max_tiles]};
+            };
+            int number = atomic_next(next_item), following = atomic_next(next_item);
+            Tile tile = tile_of(number);
             int asked = -1;  // the last phase whose sums, or those before it in the same slot, are known to be finished
             int slice = 0, band = 0, band_end = tiles_until(0);  // of the item before
             while (true) {
@@ -193,14 +208,11 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Tenso
                 barrier_wait(item_empty + 8 * item_position.slot, item_position.parity ^ 1);
                 store_shared_int(item_number + 4 * item_position.slot, more ? number : no_more);
                 Gemm2Item item{};
-                int expert = 0, first_row = 0, size = 0;
                 if (more) {
                     item = gemm2_item(number, tiles, p.slice, COLUMNS);
-                    expert = p.tiles[item.tile], first_row = p.tiles[p.max_tiles + item.tile];
-                    size = p.tiles[2 * p.max_tiles + item.tile];
-                    store_shared_int(item_expert + 4 * item_position.slot, expert);
-                    store_shared_int(item_row + 4 * item_position.slot, first_row);
-                    store_shared_int(item_size + 4 * item_position.slot, size);
+                    store_shared_int(item_expert + 4 * item_position.slot, tile.expert);
+                    store_shared_int(item_row + 4 * item_position.slot, tile.first_row);
+                    store_shared_int(item_size + 4 * item_position.slot, tile.size);
                     if (item.slice != slice) slice = item.slice, band = 0, band_end = tiles_until(0);
                     while (item.tile >= band_end) band_end = tiles_until(++band);
                     const int phase = slice * bands + band;
@@ -218,27 +230,30 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Tenso
                 }
                 if (!Turns::there || !more) barrier_arrive(item_full + 8 * item_position.slot);
                 if constexpr (Turns::there) {
-                    if (more) turns.ask_scales(ring, item_position.slot, item_full, p, expert, item.column);
+                    if (more) turns.ask_scales(ring, item_position.slot, item_full, p, tile.expert, item.column);
                 }
                 item_position.advance();
                 if (!more) break;
-                number = atomic_next(next_item);
+                number = following;
+                const Tile next_tile = tile_of(number);
+                following = atomic_next(next_item);
                 if constexpr (Turns::there) {
-                    turns.copy(ring, turn_barriers, act, w2, p.intermediate_size, item, expert, first_row, size);
+                    turns.copy(ring, turn_barriers, act, w2, p.intermediate_size, item, tile.expert, tile.first_row, tile.size);
                 }
                 for (int step = Turns::there ? steps : 0; step < steps; ++step) {
                     const u32 stage = ring + position.slot * stage_bytes, ready = full + 8 * position.slot;
                     barrier_wait(empty + 8 * position.slot, position.parity ^ 1);
                     barrier_expect(ready, (with_rows ? a_bytes : 0) + (with_weights ? b_bytes : 0));
                     // Rows past the tile's end are another expert's, or zeros past the buffer's: nobody stores their results.
-                    if (with_rows) copy_box(stage, act, ready, step * gemm2_k_step, first_row);
+                    if (with_rows) copy_box(stage, act, ready, step * gemm2_k_step, tile.first_row);
 #pragma unroll
                     for (int box = 0; box < (with_weights ? COLUMNS / gemm2_box_rows : 0); ++box) {
                         copy_box(stage + a_bytes + box * gemm2_box_rows * gemm2_k_step, w2, ready, step * gemm2_k_step,
-                                 item.column + box * gemm2_box_rows, expert);
+                                 item.column + box * gemm2_box_rows, tile.expert);
                     }
                     position.advance();
                 }
+                tile = next_tile;
             }
         } else if (thread == 32) {  // the herald
             while (true) {
@@ -267,13 +282,14 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Tenso
                     multiplied = phase + 1;
                 }
                 barrier_wait(sum_empty + 8 * sum_position.slot, sum_position.parity ^ 1);
+                // Rows past the last token are another slot's, or zeros past the buffer's: nobody adds them.
+                int row = phase % p.slots * band_pairs + first_token * p.top_k - band * band_pairs;
                 store_shared_int(sum_number + 4 * sum_position.slot, more ? number : no_more);
+                store_shared_int(sum_row + 4 * sum_position.slot, row);
                 barrier_arrive(sum_full + 8 * sum_position.slot);
                 sum_position.advance();
                 if (!more) break;
                 number = atomic_next(next_sum);
-                // Rows past the last token are another slot's, or zeros past the buffer's: nobody adds them.
-                int row = phase % p.slots * band_pairs + first_token * p.top_k - band * band_pairs;
                 for (int group = chunk_groups(first_token); group > 0; --group, row += chunk_tokens * ring_choices) {
                     for (int part = 0; part < chunk_parts; ++part) {
                         barrier_wait(chunk_empty + 8 * chunk.slot, chunk.parity ^ 1);
@@ -420,7 +436,7 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Tenso
             item_position.advance();
         }
     } else if (in_ring) {
-        registers_down<Turns::there ? 104 : 120>();
+        registers_down<Turns::there ? 104 : 112>();
         const int warp = thread % 128 / 32, lane = thread % 32;
         Ring<items_ahead> sum_position;
         Ring<in_ring ? CHUNKS : 1> chunk;
@@ -429,6 +445,7 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Tenso
             const int number = load_shared_int(sum_number + 4 * sum_position.slot);
             if (number == no_more) break;
             const int slice = number / sum_blocks, first_token = number % sum_blocks * sum_tokens;
+            const int first_row = load_shared_int(sum_row + 4 * sum_position.slot);
             const int groups = chunk_groups(first_token);
             // Which choices are there, of this warp's token of every group: a lane looks at one choice of four groups at a time,
             // while the item's first chunks are still on their way.
@@ -452,6 +469,12 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Tenso
                     warp_sync();  // every lane has read
                     if (lane == 0) barrier_arrive(chunk_empty + 8 * chunk.slot);
                     chunk.advance();
+                    // Nobody reads them again: what L2 forgets it need not write to memory. Only what products of this phase have
+                    // stored: a phase without any waits for nobody, and its slot may be another's by now.
+                    if (with_discard && (wanted >> lane / row_lines & 1)) {
+                        const i64 row = first_row + (token - first_token) * ring_choices + lane / row_lines;
+                        discard_line(p.partial + row * p.slice + part * ring_columns + lane % row_lines * (line_bytes / 2));
+                    }
                     const Vector4 sum = sum_loaded(loaded, wanted);
                     if (token < p.tokens) store_last_16(target + part * ring_columns, sum);
                 }
@@ -460,7 +483,7 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Tenso
             sum_position.advance();
         }
     } else {
-        registers_down<120>();
+        registers_down<112>();
         const int t = thread % 128, lane = thread % 32;
         const int vectors = p.slice / 8;  // of 8 columns
         constexpr int at_once = 2;        // tokens of one thread under way together
