@@ -5,7 +5,7 @@
     python benchmarks/hopper.py --out $OUT [--shapes TP8] [--tokens 8192,64] [--seconds 420]
     python benchmarks/hopper.py --out $OUT --tokens 8192,2048 --only "n256 slice 256×2 spread"    # every GEMM1 once
     python benchmarks/hopper.py --build --define GLM_WITHOUT_PRODUCTS --out $OUT …                # GEMMs without a part of them
-    python benchmarks/hopper.py --out $OUT --gemm1 row_split --gemm2 ring_n256:256x3,turns_n256:256x6,sum_n256:256x3@2048  # a few
+    python benchmarks/hopper.py --out $OUT --gemm1 row_split --gemm2 ring_n256:256x3,sum_n256:256x3@2048      # these alone
     python benchmarks/hopper.py --out $OUT --only prologue --tokens 1,8,16,64,256,1024,8192   # native against Triton's
 
 The work is done in a child process: one that hangs or dies is killed, reported with the case it was at, and a new one
@@ -224,7 +224,9 @@ def named(shape: str, tokens: int, gemm1: str, gemm2: str, prologue: str) -> lis
         sliced, _, band = sizes.partition("@")
         slice_, _, slots = sliced.partition("x")
         if not (slice_.isdigit() and slots.isdigit() and (band or "0").isdigit()):
-            raise SystemExit(f"--gemm2 has {word!r}; name each as ring_n256:256x3, with @2048 behind it for bands of 2048 tokens")
+            raise SystemExit(
+                f"--gemm2 has {word!r}; name each as ring_n256:256x3, with @2048 behind it for bands of 2048 tokens"
+            )
         first = gemm1 if gemm1 == "triton" else f"glm_gemm1_{gemm1}"
         cases.append(
             Case(shape, tokens, first, f"glm_gemm2_{name}", int(slice_), int(slots), band=int(band or 0), prologue=prologue)

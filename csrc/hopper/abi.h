@@ -5,7 +5,7 @@
 namespace glm_hopper {
 
 // Grows whenever a name, an argument or a rule below changes; the host refuses a cubin built from another number.
-constexpr int abi_version = 6;
+constexpr int abi_version = 7;
 
 // CUtensorMap as the device sees it: 128 opaque bytes made by cuTensorMapEncodeTiled, passed by value as a
 // `const __grid_constant__` argument. Host code passes its CUtensorMap; size and alignment are the same.
@@ -142,26 +142,26 @@ struct Kernel {
 };
 
 constexpr Kernel kernels[] = {
-    {"glm_gemm1_row_c1", "gemm1_prefill.cu", Family::gemm1, Grid::persistent, 384, 1, 128, 192, 3, 65536, false, {Map::w13_rows, Map::none}},
-    {"glm_gemm1_row_c2", "gemm1_prefill.cu", Family::gemm1, Grid::persistent, 384, 2, 256, 192, 3, 65536, false, {Map::w13_rows, Map::none}},
-    {"glm_gemm1_columns_c1", "gemm1_prefill.cu", Family::gemm1, Grid::persistent, 384, 1, 128, 192, 3, 65536, false, {Map::w13_rows, Map::none}},
-    {"glm_gemm1_columns_c2", "gemm1_prefill.cu", Family::gemm1, Grid::persistent, 384, 2, 256, 192, 3, 65536, false, {Map::w13_rows, Map::none}},
-    {"glm_gemm1_exact_c1", "gemm1_prefill.cu", Family::gemm1, Grid::persistent, 384, 1, 128, 96, 5, 40960, false, {Map::w13_rows, Map::none}},
-    {"glm_gemm1_row_k64_c1", "gemm1_prefill.cu", Family::gemm1, Grid::persistent, 384, 1, 128, 192, 6, 32768, false, {Map::w13_half_steps, Map::none}},
-    {"glm_gemm1_columns_k64_c1", "gemm1_prefill.cu", Family::gemm1, Grid::persistent, 384, 1, 128, 192, 6, 32768, false, {Map::w13_half_steps, Map::none}},
+    {"glm_gemm1_row_c1", "gemm1_prefill.cu", Family::gemm1, Grid::persistent, 384, 1, 128, 192, 3, 65536, true, {Map::w13_rows, Map::none}},
+    {"glm_gemm1_row_c2", "gemm1_prefill.cu", Family::gemm1, Grid::persistent, 384, 2, 256, 192, 3, 65536, true, {Map::w13_rows, Map::none}},
+    {"glm_gemm1_columns_c1", "gemm1_prefill.cu", Family::gemm1, Grid::persistent, 384, 1, 128, 192, 3, 65536, true, {Map::w13_rows, Map::none}},
+    {"glm_gemm1_columns_c2", "gemm1_prefill.cu", Family::gemm1, Grid::persistent, 384, 2, 256, 192, 3, 65536, true, {Map::w13_rows, Map::none}},
+    {"glm_gemm1_exact_c1", "gemm1_prefill.cu", Family::gemm1, Grid::persistent, 384, 1, 128, 96, 5, 40960, true, {Map::w13_rows, Map::none}},
+    {"glm_gemm1_row_k64_c1", "gemm1_prefill.cu", Family::gemm1, Grid::persistent, 384, 1, 128, 192, 6, 32768, true, {Map::w13_half_steps, Map::none}},
+    {"glm_gemm1_columns_k64_c1", "gemm1_prefill.cu", Family::gemm1, Grid::persistent, 384, 1, 128, 192, 6, 32768, true, {Map::w13_half_steps, Map::none}},
     // 13 × 16 KB: four slots of token rows, and of either half of the weights three of 24 KB.
-    {"glm_gemm1_row_split", "gemm1_split.cu", Family::gemm1, Grid::persistent, 384, 1, 128, 192, 13, 16384, false, {Map::w13_rows, Map::none}},
-    {"glm_gemm1_columns_split", "gemm1_split.cu", Family::gemm1, Grid::persistent, 384, 1, 128, 192, 13, 16384, false, {Map::w13_rows, Map::none}},
-    {"glm_gemm1_row_split_l2", "gemm1_split.cu", Family::gemm1, Grid::persistent, 384, 1, 128, 192, 13, 16384, false, {Map::w13_rows, Map::none}},
-    {"glm_gemm1_columns_split_l2", "gemm1_split.cu", Family::gemm1, Grid::persistent, 384, 1, 128, 192, 13, 16384, false, {Map::w13_rows, Map::none}},
-    {"glm_gemm2_sum_n128", "gemm2_prefill.cu", Family::gemm2, Grid::persistent, 512, 1, 128, 128, 6, 32768, false, {Map::act_rows, Map::w2_rows}},
-    {"glm_gemm2_sum_n256", "gemm2_prefill.cu", Family::gemm2, Grid::persistent, 512, 1, 128, 256, 4, 49152, false, {Map::act_rows, Map::w2_rows}},
+    {"glm_gemm1_row_split", "gemm1_split.cu", Family::gemm1, Grid::persistent, 384, 1, 128, 192, 13, 16384, true, {Map::w13_rows, Map::none}},
+    {"glm_gemm1_columns_split", "gemm1_split.cu", Family::gemm1, Grid::persistent, 384, 1, 128, 192, 13, 16384, true, {Map::w13_rows, Map::none}},
+    {"glm_gemm1_row_split_l2", "gemm1_split.cu", Family::gemm1, Grid::persistent, 384, 1, 128, 192, 13, 16384, true, {Map::w13_rows, Map::none}},
+    {"glm_gemm1_columns_split_l2", "gemm1_split.cu", Family::gemm1, Grid::persistent, 384, 1, 128, 192, 13, 16384, true, {Map::w13_rows, Map::none}},
+    {"glm_gemm2_sum_n128", "gemm2_prefill.cu", Family::gemm2, Grid::persistent, 512, 1, 128, 128, 6, 32768, true, {Map::act_rows, Map::w2_rows}},
+    {"glm_gemm2_sum_n256", "gemm2_prefill.cu", Family::gemm2, Grid::persistent, 512, 1, 128, 256, 4, 49152, true, {Map::act_rows, Map::w2_rows}},
     // 14 × 16 KB: three stages of 48 KB or four of 32, and five or six chunks of partials.
-    {"glm_gemm2_ring_n128", "gemm2_prefill.cu", Family::gemm2_ring, Grid::persistent, 512, 1, 128, 128, 14, 16384, false, {Map::act_rows, Map::w2_rows, Map::partial_rows}},
-    {"glm_gemm2_ring_n256", "gemm2_prefill.cu", Family::gemm2_ring, Grid::persistent, 512, 1, 128, 256, 14, 16384, false, {Map::act_rows, Map::w2_rows, Map::partial_rows}},
+    {"glm_gemm2_ring_n128", "gemm2_prefill.cu", Family::gemm2_ring, Grid::persistent, 512, 1, 128, 128, 14, 16384, true, {Map::act_rows, Map::w2_rows, Map::partial_rows}},
+    {"glm_gemm2_ring_n256", "gemm2_prefill.cu", Family::gemm2_ring, Grid::persistent, 512, 1, 128, 256, 14, 16384, true, {Map::act_rows, Map::w2_rows, Map::partial_rows}},
     // Two stages: 64 rows and 256 columns × 192 of K, two chunks, half of the staging area, and scales of two items.
-    {"glm_gemm2_turns_n256", "gemm2_turns.cu", Family::gemm2_ring, Grid::persistent, 512, 1, 128, 256, 2, 113664, false, {Map::act_steps_64, Map::w2_steps_256, Map::partial_rows}},
-    {"glm_gemm2_turns_lanes_n256", "gemm2_turns.cu", Family::gemm2_ring, Grid::persistent, 512, 1, 128, 256, 2, 113664, false, {Map::act_steps_64, Map::w2_steps_256, Map::partial_rows}},
+    {"glm_gemm2_turns_n256", "gemm2_turns.cu", Family::gemm2_ring, Grid::persistent, 512, 1, 128, 256, 2, 113664, true, {Map::act_steps_64, Map::w2_steps_256, Map::partial_rows}},
+    {"glm_gemm2_turns_lanes_n256", "gemm2_turns.cu", Family::gemm2_ring, Grid::persistent, 512, 1, 128, 256, 2, 113664, true, {Map::act_steps_64, Map::w2_steps_256, Map::partial_rows}},
     {"glm_gemm2_stationary_t640", "gemm2_stationary.cu", Family::gemm2_stationary, Grid::persistent, 384, 1, 48, 64, 3, 21504, true, {Map::act_steps, Map::w2_steps}, 640},
     {"glm_gemm2_stationary_t512", "gemm2_stationary.cu", Family::gemm2_stationary, Grid::persistent, 384, 1, 48, 64, 4, 21504, true, {Map::act_steps, Map::w2_steps}, 512},
     {"glm_gemm2_stationary_t640_c2", "gemm2_stationary.cu", Family::gemm2_stationary, Grid::persistent, 384, 2, 48, 64, 3, 21504, true, {Map::act_steps, Map::w2_steps}, 640},

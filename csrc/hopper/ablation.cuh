@@ -34,10 +34,5 @@ constexpr bool with_sums = false;  // in shared memory: neither read nor written
 #else
 constexpr bool with_sums = true;
 #endif
-#ifdef GLM_WITHOUT_DISCARD
-constexpr bool with_discard = false;  // partials that have been read go to memory in the end
-#else
-constexpr bool with_discard = true;
-#endif
 
 }  // namespace glm_hopper

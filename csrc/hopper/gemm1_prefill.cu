@@ -61,6 +61,8 @@ GLM_DEVICE void gemm1_prefill(const TensorMap& w13, const Gemm1Arguments& p) {
     } else {
         cluster_barrier();
     }
+    wait_for_previous_launch();
+    allow_next_launch();
 
     const int blocks = p.intermediate_size / COLUMNS;
     const int items = p.counts[1] * blocks;

@@ -322,6 +322,8 @@ GLM_DEVICE void gemm1_split(const TensorMap& w13, const Gemm1Arguments& p, int* 
         barrier_init_done();
     }
     block_barrier();
+    wait_for_previous_launch();
+    allow_next_launch();
 
     const int steps = p.hidden_size / split_k_step;
     if (warpgroup == 0) {

@@ -60,9 +60,6 @@ constexpr int sum_threads = 128;
 constexpr int chunk_tokens = sum_threads / 32;
 constexpr u32 partial_row_bytes = 2 * ring_columns, partials_bytes = chunk_tokens * ring_choices * partial_row_bytes;
 constexpr int ring_items_ahead = 4;  // ring of sum items there
-constexpr u32 line_bytes = 128;      // of L2
-constexpr int row_lines = partial_row_bytes / line_bytes;
-static_assert(ring_choices * row_lines == 32, "a lane has one line of a token's partials");
 static_assert(sum_tokens % (32 / ring_choices * chunk_tokens) == 0 && partial_row_bytes == 32 * 16, "a lane adds up 8 columns");
 constexpr int no_more = -1;          // an item's number when there are no more
 
@@ -126,8 +123,7 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Tenso
     const u32 item_number = in_ring ? chunk_empty + 8 * CHUNKS : sum_empty, item_expert = item_number + 4 * gemm2_items;
     const u32 item_row = item_expert + 4 * gemm2_items, item_size = item_row + 4 * gemm2_items;
     const u32 item_phase = item_size + 4 * gemm2_items, sum_number = item_phase + 4 * gemm2_items;
-    const u32 sum_row = sum_number + 4 * items_ahead;                                    // of a ring only: where its partials begin
-    const u32 turn_barriers = sum_row + (in_ring ? 4 * items_ahead : 0);  // with Turns only
+    const u32 turn_barriers = sum_number + 4 * items_ahead;  // with Turns only
 
     const int thread = thread_index();
     const int warpgroup = warp_uniform(thread / 128);
@@ -159,6 +155,7 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Tenso
         barrier_init_done();
     }
     block_barrier();
+    wait_for_previous_launch();
 
     const int tiles = p.counts[2];
     const int slices = divide_up(p.hidden_size, p.slice);
@@ -282,14 +279,13 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Tenso
                     multiplied = phase + 1;
                 }
                 barrier_wait(sum_empty + 8 * sum_position.slot, sum_position.parity ^ 1);
-                // Rows past the last token are another slot's, or zeros past the buffer's: nobody adds them.
-                int row = phase % p.slots * band_pairs + first_token * p.top_k - band * band_pairs;
                 store_shared_int(sum_number + 4 * sum_position.slot, more ? number : no_more);
-                store_shared_int(sum_row + 4 * sum_position.slot, row);
                 barrier_arrive(sum_full + 8 * sum_position.slot);
                 sum_position.advance();
                 if (!more) break;
                 number = atomic_next(next_sum);
+                // Rows past the last token are another slot's, or zeros past the buffer's: nobody adds them.
+                int row = phase % p.slots * band_pairs + first_token * p.top_k - band * band_pairs;
                 for (int group = chunk_groups(first_token); group > 0; --group, row += chunk_tokens * ring_choices) {
                     for (int part = 0; part < chunk_parts; ++part) {
                         barrier_wait(chunk_empty + 8 * chunk.slot, chunk.parity ^ 1);
@@ -445,7 +441,6 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Tenso
             const int number = load_shared_int(sum_number + 4 * sum_position.slot);
             if (number == no_more) break;
             const int slice = number / sum_blocks, first_token = number % sum_blocks * sum_tokens;
-            const int first_row = load_shared_int(sum_row + 4 * sum_position.slot);
             const int groups = chunk_groups(first_token);
             // Which choices are there, of this warp's token of every group: a lane looks at one choice of four groups at a time,
             // while the item's first chunks are still on their way.
@@ -469,12 +464,6 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Tenso
                     warp_sync();  // every lane has read
                     if (lane == 0) barrier_arrive(chunk_empty + 8 * chunk.slot);
                     chunk.advance();
-                    // Nobody reads them again: what L2 forgets it need not write to memory. Only what products of this phase have
-                    // stored: a phase without any waits for nobody, and its slot may be another's by now.
-                    if (with_discard && (wanted >> lane / row_lines & 1)) {
-                        const i64 row = first_row + (token - first_token) * ring_choices + lane / row_lines;
-                        discard_line(p.partial + row * p.slice + part * ring_columns + lane % row_lines * (line_bytes / 2));
-                    }
                     const Vector4 sum = sum_loaded(loaded, wanted);
                     if (token < p.tokens) store_last_16(target + part * ring_columns, sum);
                 }

@@ -85,6 +85,7 @@ struct Turns {
                          int expert, int first_row, int size) {
         const Barriers at = barriers_at(barriers);
         const int stages = width / turn_stage_k;
+        const bool last = size < gemm2_rows;  // tile of its expert (in its band), unless that one's rows fill tiles
 #pragma unroll 1
         for (int row = 0; row < size; row += mma_rows) {
 #pragma unroll 1
@@ -95,7 +96,11 @@ struct Turns {
                     barrier_expect(ready, with_weights ? turn_w2_bytes : 0);
                     if (with_weights) {
                         const u32 target = ring + w2_offset + slot * turn_w2_bytes;
-                        copy_box(target, w2, ready, 0, item.column, stage * turn_steps, expert);
+                        if (last) {
+                            copy_last_box(target, w2, ready, 0, item.column, stage * turn_steps, expert);
+                        } else {
+                            copy_box(target, w2, ready, 0, item.column, stage * turn_steps, expert);
+                        }
                     }
                     ++weights;
                 }

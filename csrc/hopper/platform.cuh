@@ -208,8 +208,6 @@ GLM_DEVICE void store_last_16(void* pointer, Vector4 v) {
                  "r"(v.word[3])
                  : "memory");
 }
-// Forgets a line of 128 bytes, which is then undefined, as if somebody had stored anything in it; L2 need not write it to memory.
-GLM_DEVICE void discard_line(void* pointer) { asm volatile("discard.global.L2 [%0], 128;" ::"l"(pointer) : "memory"); }
 GLM_DEVICE void store_8(void* pointer, Vector2 v) { *static_cast<Vector2*>(pointer) = v; }
 
 GLM_DEVICE int atomic_next(int* counter) { return atomicAdd(counter, 1); }

@@ -35,7 +35,7 @@ def fastest(problem: Problem, table: Native, us: Callable[[object], float]) -> t
 
 
 def test_each_stage_goes_on_from_the_best_so_far(table: Native) -> None:
-    wanted = HopperConfig("glm_gemm1_row_split", "glm_gemm2_stationary_t640", 256, 2, weight_promotion=256, prologue="native")
+    wanted = HopperConfig("glm_gemm1_row_split", "glm_gemm2_ring_n256", 256, 3, weight_promotion=256, prologue="triton")
 
     def us(config: object) -> float:
         if isinstance(config, Config):
@@ -84,12 +84,12 @@ def test_a_family_whose_beginning_fails_is_left(table: Native) -> None:
 
 def test_an_entry_freezes_the_whole_configuration_and_is_read_back(table: Native, tmp_path: Path) -> None:
     problem = GLM_SHAPES["TP8"].with_tokens(8192)
-    config = HopperConfig("glm_gemm1_row_split", "glm_gemm2_stationary_t640", prologue="native")
+    config = HopperConfig("glm_gemm1_row_split", "glm_gemm2_ring_n256", prologue="native")
     entry = tune.entry_of(config)
     assert entry == {
         "backend": "hopper",
         "gemm1": "glm_gemm1_row_split",
-        "gemm2": "glm_gemm2_stationary_t640",
+        "gemm2": "glm_gemm2_ring_n256",
         "slice": 512,
         "slots": 3,
         "programmatic": True,

@@ -141,8 +141,7 @@ void check_pointers(const Kernel& kernel, const GlmHopperLayer& layer, Reason& r
     reason.pointer("tiles", layer.tiles, 4);
     reason.pointer("counts", layer.counts, 4);
   }
-  const bool discards = kernel.family == Family::gemm2_ring;  // whole lines of them
-  if (!first && !stationary && !prologue) reason.pointer("partial", layer.partial, discards ? 128 : 16);
+  if (!first && !stationary && !prologue) reason.pointer("partial", layer.partial, 16);
   if (has_slices(kernel) || kernel.family == Family::sum) reason.pointer("local_ids", layer.local_ids, 4);
   if (!first && !prologue && kernel.family != Family::gemm2_decode) reason.pointer("out", layer.out, 16);
 }

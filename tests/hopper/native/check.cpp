@@ -81,14 +81,14 @@ const Kernel& find(const std::string& name) {
     std::exit(1);
 }
 
-// A heap block of exactly `count` elements, aligned at its start.
-template <class T, size_t ALIGNMENT = 16>
+// A heap block of exactly `count` elements, aligned to 16 at its start.
+template <class T>
 struct Buffer {
     T* data;
     size_t count;
     explicit Buffer(size_t n, int fill = 0xff) : count(n) {
         void* block = nullptr;
-        if (posix_memalign(&block, ALIGNMENT, std::max<size_t>(n * sizeof(T), 1))) std::abort();
+        if (posix_memalign(&block, 16, std::max<size_t>(n * sizeof(T), 1))) std::abort();
         data = static_cast<T*>(block);
         std::memset(data, fill, n * sizeof(T));
     }
@@ -394,8 +394,7 @@ bool check_gemm2(Problem& p) {
     Buffer<float> act_scales(p.pairs);
     make_rows(p, check, act, act_scales);
     const int slice = p.o["slice"], slots = p.o["slots"];
-    Buffer<u16, 128> partial(static_cast<size_t>(slots) * p.band * p.top_k * slice);
-    Buffer<u16> out(static_cast<size_t>(p.tokens) * p.hidden);
+    Buffer<u16> partial(static_cast<size_t>(slots) * p.band * p.top_k * slice), out(static_cast<size_t>(p.tokens) * p.hidden);
     const long long k = p.hidden, n = p.width;
     emulate::MapFields act_fields{act.data, 2, {n, p.pairs}, {0, n}, {128, 128}};
     emulate::MapFields w2_fields{check.w2.data, 3, {n, k, p.experts}, {0, n, n * k}, {128, 128, 1}};

@@ -735,11 +735,6 @@ void ask_for_line(const u8* pointer) {
 Float2 load_constant_2(const float* pointer) { return load_global<Float2>(pointer); }
 void store_16(void* pointer, Vector4 value) { store_global(pointer, value); }
 void store_8(void* pointer, Vector2 value) { store_global(pointer, value); }
-// As if NaN had been stored.
-void discard_line(void* pointer) {
-    if (reinterpret_cast<u64>(pointer) % 128) fail("a line is discarded at %p", pointer);
-    for (int i = 0; i < 128; i += 16) store_global(static_cast<u8*>(pointer) + i, Vector4{{~0u, ~0u, ~0u, ~0u}});
-}
 int atomic_next(int* counter) { return (*counter)++; }
 void release_add(int* counter) {
     ++*counter;

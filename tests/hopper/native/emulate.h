@@ -100,7 +100,6 @@ inline void not_before(const float*&) {}
 void ask_for_line(const u8* pointer);
 Float2 load_constant_2(const float* pointer);
 void store_16(void* pointer, Vector4 value);
-void discard_line(void* pointer);
 inline void store_last_16(void* pointer, Vector4 value) { store_16(pointer, value); }
 void store_8(void* pointer, Vector2 value);
 int atomic_next(int* counter);
@@ -153,6 +152,9 @@ void ask_for_box(const TensorMap& map, int c0, int c1, int c2);
 void copy_box(u32 target, const TensorMap& map, u32 barrier, int c0, int c1);
 void copy_box(u32 target, const TensorMap& map, u32 barrier, int c0, int c1, int c2);
 void copy_box(u32 target, const TensorMap& map, u32 barrier, int c0, int c1, int c2, int c3);
+inline void copy_last_box(u32 target, const TensorMap& map, u32 barrier, int c0, int c1, int c2, int c3) {
+    copy_box(target, map, barrier, c0, c1, c2, c3);
+}
 void copy_box(u32 target, const TensorMap& map, u32 barrier, int c0, int c1, int c2, int c3, int c4);
 void copy_in(u32 target, const void* source, u32 bytes, u32 barrier);
 void copy_out(void* target, u32 source, u32 bytes);

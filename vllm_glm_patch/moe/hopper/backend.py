@@ -4,11 +4,11 @@ Tokens are quantised and grouped by expert by the Triton prologue (routing.py), 
 workspace (workspace.py), or by a native one, which writes the same bits there (HopperConfig.prologue). One C call launches
 the rest:
 
-    many tokens, intermediate_size 192   gemm1_row · gemm2_sum
+    many tokens, intermediate_size 192   gemm1_row · gemm2_sum (top_k other than 8)
     many tokens, wider                   gemm1_columns · (Triton) requantise · gemm2_sum
     many tokens, by name only            the same GEMM1 · gemm2_stationary, which has no partials
-    many tokens, by name or a table      the same GEMM1 · gemm2_ring, which reads partials through shared memory
-    many tokens, by name only            the same GEMM1 · gemm2_turns, which also sends them off that way
+    many tokens                          the same GEMM1 · gemm2_ring, which reads partials through shared memory, or
+                                         gemm2_turns, which also sends them off that way
     few tokens                           gemm1_decode · gemm2_decode · topk_sum
 
 GEMM1 may also be Triton's, before any of these ways of GEMM2 (HopperConfig.gemm1 "triton").
@@ -38,7 +38,7 @@ CAPABILITY = (9, 0)
 # Rows an expert gets on average up to which a decode kernel reads its weights once: its tallest tile.
 DECODE_ROWS = 64
 ROW_WIDTH = 192  # intermediate_size of glm_gemm1_row_*, which holds whole rows
-NARROW_TOKENS = 2048  # up to which GEMM2 with the sum takes slices of 128 columns
+SLOT_BYTES = 101_000_000  # of partials at once: three slots of 256 columns at 8192 tokens
 SUM_TOKENS = 32  # of one sum item of GEMM2 by slices
 DECODE_WIDTH = 1536  # the widest rows that glm_gemm2_decode_* holds
 TRITON = "triton"  # as HopperConfig.gemm1 and .prologue
@@ -132,13 +132,20 @@ def default_config(problem: Problem) -> HopperConfig:
 
 
 def default_of_many(problem: Problem) -> HopperConfig:
-    """Rules of thumb among the kernels for many tokens."""
-    kind = "row" if problem.intermediate_size == ROW_WIDTH else "columns"
-    # As measured at TP8 on an H100 (docs/kernel-notes.md): Triton's GEMM1 of whole rows is faster, and bands are slower.
-    gemm1 = TRITON if kind == "row" else f"glm_gemm1_{kind}_c1"
-    if problem.tokens <= NARROW_TOKENS:
-        return HopperConfig(gemm1, "glm_gemm2_sum_n128", 128, 3)
-    return HopperConfig(gemm1, "glm_gemm2_sum_n256", 256, 2)
+    """Rules of thumb among the kernels for many tokens, as measured on an H200 (docs/kernel-notes.md)."""
+    whole_rows = problem.intermediate_size == ROW_WIDTH
+    gemm1 = f"glm_gemm1_{'row' if whole_rows else 'columns'}_split"
+    if problem.top_k != RING_TOP_K:
+        return HopperConfig(gemm1, "glm_gemm2_sum_n256", 256, 2, prologue="native")
+    # In rows of more than one stage the warpgroups that take turns copy their weights twice.
+    gemm2 = f"glm_gemm2_{'turns_lanes' if whole_rows else 'ring'}_n256"
+    return HopperConfig(gemm1, gemm2, RING_COLUMNS, _slots(problem), prologue="native")
+
+
+def _slots(problem: Problem) -> int:
+    """Phases in flight of RING_COLUMNS columns: as many as SLOT_BYTES hold, so that products seldom wait for a slot."""
+    fit = SLOT_BYTES // (2 * problem.pairs * RING_COLUMNS)
+    return max(2, min(fit, problem.hidden_size // RING_COLUMNS))
 
 
 def told(entry: Mapping[str, Any]) -> HopperConfig | None:

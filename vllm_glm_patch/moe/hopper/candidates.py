@@ -7,23 +7,29 @@ from dataclasses import replace
 
 from ..problem import Problem
 from .backend import DECODE_ROWS, DECODE_WIDTH, RING_TOP_K, ROW_WIDTH, TRITON, HopperConfig, default_of_many
-from .native import Family, Native
+from .native import Native
 
 Stage = Callable[[HopperConfig], list[HopperConfig]]
 """The next configurations to time, from the fastest of the stages before."""
-FEWEST_ROWS = 12  # an expert's average from which the kernels for many tokens are tried
+FEWEST_ROWS = 6  # an expert's average from which the kernels for many tokens are tried
 SLICES = (
-    ("sum_n128", 128, 2),
     ("sum_n128", 128, 3),
     ("sum_n128", 256, 2),
     ("sum_n256", 256, 2),
     ("sum_n256", 512, 2),
     ("sum_n256", 1024, 2),
 )
-RINGS = tuple(
-    (name, width, slots)
-    for name in ("ring_n128", "ring_n256", "turns_n256", "turns_lanes_n256")
-    for width, slots in ((256, 2), (256, 3), (512, 2))
+RINGS = (
+    ("ring_n128", 256, 3),
+    ("ring_n128", 256, 8),
+    ("ring_n256", 256, 3),
+    ("ring_n256", 512, 2),
+    ("turns_lanes_n256", 256, 3),
+    ("turns_lanes_n256", 256, 4),
+    ("turns_lanes_n256", 256, 8),
+    ("turns_lanes_n256", 256, 20),
+    ("turns_lanes_n256", 512, 2),
+    ("turns_lanes_n256", 512, 10),
 )
 
 
@@ -44,7 +50,7 @@ def families(problem: Problem, native: Native) -> list[tuple[list[HopperConfig],
     found: list[tuple[list[HopperConfig], list[Stage]]] = []
     if density <= DECODE_ROWS and problem.intermediate_size <= DECODE_WIDTH:
         few = [HopperConfig(f"glm_gemm1_decode_t{rows}", f"glm_gemm2_decode_t{rows}") for rows in heights(density)]
-        found.append((few, [_with_triton_gemm1, _with_native_prologue, _details]))
+        found.append((few, [_with_triton_gemm1, _with_other_prologue, _details]))
     if density >= FEWEST_ROWS:
 
         def first_gemms(best: HopperConfig) -> list[HopperConfig]:
@@ -53,13 +59,11 @@ def families(problem: Problem, native: Native) -> list[tuple[list[HopperConfig],
             return [replace(best, gemm1=name) for name in (TRITON, *names)]
 
         def second_gemms(best: HopperConfig) -> list[HopperConfig]:
-            tried = [
+            return [
                 replace(best, gemm2=f"glm_gemm2_{name}", slice=width, slots=slots) for name, width, slots in slices(problem)
             ]
-            names = [kernel.name for kernel in native.kernels if kernel.family is Family.GEMM2_STATIONARY]
-            return tried + [replace(best, gemm2=name) for name in names]
 
-        found.append(([default_of_many(problem)], [_with_native_prologue, first_gemms, second_gemms, _details]))
+        found.append(([default_of_many(problem)], [_with_other_prologue, first_gemms, second_gemms, _details]))
     return found
 
 
@@ -67,8 +71,8 @@ def _with_triton_gemm1(best: HopperConfig) -> list[HopperConfig]:
     return [replace(best, gemm1=TRITON)]
 
 
-def _with_native_prologue(best: HopperConfig) -> list[HopperConfig]:
-    return [replace(best, prologue="native")]
+def _with_other_prologue(best: HopperConfig) -> list[HopperConfig]:
+    return [replace(best, prologue=TRITON if best.prologue == "native" else "native")]
 
 
 def _details(best: HopperConfig) -> list[HopperConfig]:
