@@ -789,6 +789,22 @@ void barrier_arrive_at(u32 barrier, u32 rank) {
     if (rank >= current->block->cluster->blocks.size()) fail("arrival at block %u of the cluster", rank);
     arrive(*current->block->cluster->blocks[rank], barrier);
 }
+void send_shared_float(u32 address, float value, u32 barrier, u32 rank) {
+    auto& blocks = current->block->cluster->blocks;
+    if (rank >= blocks.size()) fail("a value for block %u of the cluster", rank);
+    if (address % 4) fail("a value for shared address %u", address);
+    Block* other = blocks[rank].get();
+    barrier_at(*other, barrier);
+    std::memset(shared_at(*other, address, 4), poison, 4);
+    launch_copy([other, address, value, barrier] {
+        if (other->running == 0) fail("a value comes to block %d, which has ended", other->index);
+        std::memcpy(shared_at(*other, address, 4), &value, 4);
+        Barrier& counted = barrier_at(*other, barrier);
+        counted.bytes -= 4;
+        settle(counted);
+        world->progress = true;
+    });
+}
 void barrier_wait(u32 barrier, u32 parity) {
     Barrier& waited = barrier_at(*current->block, barrier);
     wait_until([&waited, parity] { return (waited.phase & 1) != parity; },

@@ -6,6 +6,7 @@
 
 #include "gemm1_decode.cu"
 #include "gemm1_prefill.cu"
+#include "gemm1_quarter.cu"
 #include "gemm1_split.cu"
 #include "gemm2_decode.cu"
 #include "gemm2_prefill.cu"
@@ -44,6 +45,7 @@ void enter(const std::string& name, void** values) {
     ENTRY(glm_gemm1_exact_c1);
     ENTRY(glm_gemm1_row_k64_c1);
     ENTRY(glm_gemm1_columns_k64_c1);
+    ENTRY(glm_gemm1_row_quarter);
     ENTRY(glm_gemm1_row_split);
     ENTRY(glm_gemm1_columns_split);
     ENTRY(glm_gemm1_row_split_l2);
