@@ -122,7 +122,7 @@ constexpr int routing_chunk = 1024;  // pairs; routing.py's CHUNK, and its SMALL
 
 // ---------------------------------------------------------------------------------------------- launches
 enum class Grid : int {
-    persistent,  // multiprocessors, rounded down to a multiple of `cluster`; fewer is right too, never 0
+    persistent,  // multiprocessors, or as many clusters as run at once; fewer is right too, never 0
     per_vector,  // ceil(tokens · hidden_size / 8 / block)
     prologue,    // prologue_blocks(cluster, tokens)
 };

@@ -98,7 +98,7 @@ struct Ring {
     GLM_HD void skip(int count) {
         for (int i = 0; i < count; ++i) advance();
     }
-    GLM_HD int previous(int back = 1) const { return slot < back ? slot - back + STAGES : slot - back; }
+    GLM_HD int previous() const { return slot == 0 ? STAGES - 1 : slot - 1; }
 };
 
 }  // namespace glm_hopper

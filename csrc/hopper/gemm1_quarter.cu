@@ -135,19 +135,12 @@ GLM_DEVICE void quarter_gather(const Gemm1Arguments& p, const QuarterRoom& room,
     }
 }
 
-// All products of a tile: sums[half] of its 64 rows, 48 gate columns before 48 up columns. Frees the slots.
+// All products of a tile: sums[half] of its 64 rows, 48 gate columns before 48 up columns. A step's products are waited for before
+// the next one's data: they take a third of the time that a step's data does, and so its slots are free a step earlier.
 template <int HALVES>
 GLM_DEVICE void quarter_multiply(float (&sums)[HALVES][quarter_columns], const QuarterRoom& room, QuarterRing& weights,
                                  QuarterRing& rows, u32 multiplied, int steps, int t) {
-    const int lane = t % 32;
-    // The slots of the step before.
-    auto release = [&] {
-        if (lane == 0) {
-            barrier_arrive(room.weights_empty + 8 * weights.previous());
-#pragma unroll
-            for (int back = 1; back <= HALVES; ++back) barrier_arrive(room.rows_empty + 8 * rows.previous(back));
-        }
-    };
+    const bool first_lane = t % 32 == 0;
     if (!with_products) {
 #pragma unroll
         for (int half = 0; half < HALVES; ++half) {
@@ -159,13 +152,14 @@ GLM_DEVICE void quarter_multiply(float (&sums)[HALVES][quarter_columns], const Q
     for (int step = 0; step < steps; ++step) {
         const u64 b = descriptor(room.weights + weights.slot * quarter_weights_bytes);
         u64 a[HALVES];
-        QuarterRing after = rows;
+        u32 rows_empty[HALVES];
         barrier_wait(room.weights_full + 8 * weights.slot, weights.parity);
 #pragma unroll
         for (int half = 0; half < HALVES; ++half) {
-            a[half] = descriptor(room.rows + after.slot * quarter_rows_bytes);
-            barrier_wait(room.rows_full + 8 * after.slot, after.parity);
-            after.advance();
+            a[half] = descriptor(room.rows + rows.slot * quarter_rows_bytes);
+            rows_empty[half] = room.rows_empty + 8 * rows.slot;
+            barrier_wait(room.rows_full + 8 * rows.slot, rows.parity);
+            rows.advance();
         }
         fence_proxy_async();
         if (with_products) {
@@ -178,19 +172,19 @@ GLM_DEVICE void quarter_multiply(float (&sums)[HALVES][quarter_columns], const Q
                 }
             }
             mma_commit();
-            mma_wait<1>();
-        }
-        // The step before is done, so its slots are free; this one runs on.
-        if (step > 0) release();
-        weights.advance();
-        rows = after;
-    }
-    warp_sync();  // all lanes have met the last step
-    if (lane == 0) barrier_arrive(multiplied);
-    mma_wait<0>();
+            mma_wait<0>();
 #pragma unroll
-    for (int half = 0; half < HALVES; ++half) mma_settle(sums[half]);
-    release();
+            for (int half = 0; half < HALVES; ++half) mma_settle(sums[half]);
+        }
+        warp_sync();  // all lanes have met this step, also where there are no products
+        if (first_lane) {
+            barrier_arrive(room.weights_empty + 8 * weights.slot);
+#pragma unroll
+            for (int half = 0; half < HALVES; ++half) barrier_arrive(rows_empty[half]);
+        }
+        weights.advance();
+    }
+    if (first_lane) barrier_arrive(multiplied);
 }
 
 // Where a warp meets the same warp of the other blocks: of exchange number `count`, for its warpgroup's row 0.

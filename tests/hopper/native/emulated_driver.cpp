@@ -107,6 +107,7 @@ DRIVER cuModuleGetFunction(void** function, void*, const char* name) {
 }
 DRIVER cuFuncGetAttribute(int* value, int, void*) { return *value = 0, 0; }
 DRIVER cuFuncSetAttribute(void*, int, int) { return 0; }
+DRIVER cuOccupancyMaxActiveClusters(int*, void*, const LaunchConfig*) { return 1; }
 
 DRIVER cuTensorMapEncodeTiled(void* map, int type, unsigned rank, void* base, const uint64_t* dims, const uint64_t* strides,
                               const unsigned* box, const unsigned* element_strides, int interleave, int swizzle, int, int fill) {
