@@ -497,6 +497,7 @@ void run(const Launch& launch, const std::function<void()>& kernel) {
     int started = 0, finished = 0, sweep = 0, slow_warp = 0;
     // Not with a slow warp in every block, too, or the others would not get ahead of it.
     const int slow_block = launch.uneven && chance(50) ? static_cast<int>(here.random() % std::min(launch.grid, 8)) : -1;
+    bool held = slow_block >= 0 && chance(50);  // it does not start before all others can do nothing without it
     here.clusters.resize(clusters);
     while (finished < clusters) {
         while (started < clusters && started - finished < launch.resident) {
@@ -521,7 +522,7 @@ void run(const Launch& launch, const std::function<void()>& kernel) {
         for (size_t i = 0; i < order.size(); ++i) {
             Fibre& fibre = *order[((backwards ? order.size() - 1 - i : i) + offset) % order.size()];
             if (fibre.ready && !fibre.ready()) continue;
-            if (fibre.block->index == slow_block && chance(97)) continue;
+            if (fibre.block->index == slow_block && (held || chance(97))) continue;
             if (chance(slow_block < 0 && fibre.thread / 32 == slow_warp ? 97 : 5)) continue;
             here.progress = true;
             resume(fibre);
@@ -529,10 +530,14 @@ void run(const Launch& launch, const std::function<void()>& kernel) {
         }
         if (!here.progress) {
             bool skipped = false;
-            for (Fibre* fibre : order) skipped = skipped || !fibre->ready || fibre->ready();
+            for (Fibre* fibre : order) {
+                if (held && fibre->block->index == slow_block) continue;
+                skipped = skipped || !fibre->ready || fibre->ready();
+            }
             if (!skipped) {
-                if (here.flying.empty()) report_deadlock();
-                land_one();
+                if (!here.flying.empty()) land_one();
+                else if (held) held = false;
+                else report_deadlock();
             }
         }
         for (auto& cluster : here.clusters) {

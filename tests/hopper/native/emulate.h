@@ -43,7 +43,7 @@ struct Launch {
     int resident = 1 << 30;  // clusters that may run at once; the others start as earlier ones end
     unsigned seed = 0;
     Timing copies = Timing::random, products = Timing::random;
-    bool uneven = false;  // in every other run one of the first 8 blocks is far slower than the others
+    bool uneven = false;  // in every other run one of the first 8 blocks is far slower than the others, or also starts last
 };
 // Runs kernel() in every thread of every block. Ends the process with a message on any error.
 void run(const Launch& launch, const std::function<void()>& kernel);
