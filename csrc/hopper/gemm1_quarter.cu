@@ -112,9 +112,9 @@ GLM_DEVICE void quarter_gather(const Gemm1Arguments& p, const QuarterRoom& room,
         next = after;
         after = quarter_tile(p, tile + 2 * stride, tiles);
         look_up(next);
+        const u8* from = p.tokens;
 #pragma unroll 1
-        for (int step = 0; step < steps; ++step) {
-            const u8* from = p.tokens + step * quarter_k_step;
+        for (int step = 0; step < steps; ++step, from += quarter_k_step) {
 #pragma unroll
             for (int half = 0; half < quarter_halves; ++half) {
                 if (size <= half * mma_rows) break;
