@@ -62,7 +62,7 @@ class Case:
     def text(self) -> str:
         """On one line."""
         by_slices = any(kind in self.gemm2 for kind in ("_sum_", "_ring_", "_turns_"))
-        sliced = f" slice {self.slice}×{self.slots}" if by_slices else "" if self.programmatic else " no PDL"
+        sliced = (f" slice {self.slice}×{self.slots}" if by_slices else "") + ("" if self.programmatic else " no PDL")
         band = f" band {self.band}" if self.band else ""
         prologue = "" if self.prologue == "triton" else f" {self.prologue} prologue"
         ids = "" if self.ids == "int32" else f" {self.ids}"
@@ -94,6 +94,22 @@ def checks() -> list[Case]:
                 Case("TP8", 16, f"glm_gemm1_{first}", gemm2, experts=1, routing="collapsed"),
                 Case("TP8", 700, f"glm_gemm1_{first}", gemm2, experts=16, routing="bad"),
             ]
+    quarter = "glm_gemm1_row_quarter"
+    cases += [
+        Case("TP8", 16, quarter, second[0], experts=1, routing="collapsed"),
+        Case("TP8", 700, quarter, second[1], experts=16, routing="bad"),
+        Case("TP8", 700, quarter, second[0], experts=16, routing="none"),
+        *(
+            Case("TP8", tokens, quarter, second[0], routing=how)
+            for tokens in (300, 1024)
+            for how in ("spread", "skewed", "bad")
+        ),
+        Case("TP8", 300, quarter, second[0], programmatic=False),
+        Case("TP8", 1024, quarter, second[1], prologue="native"),
+        Case("TP8", 1024, quarter, "glm_gemm2_ring_n128", routing="bad", prologue="native"),
+        Case("TP8", 1024, quarter, "glm_gemm2_turns_n256", prologue="native"),
+        Case("TP8", 8191, quarter, "glm_gemm2_stationary_t640", routing="skewed"),
+    ]
     third = [f"glm_gemm2_stationary_{name}" for name in ("t640", "t512", "t640_c2", "t512_c2")]
     for gemm2 in third:
         cases += [
@@ -172,9 +188,22 @@ def timed(shape: str, tokens: int) -> list[Case]:
 
     usual = default_config(SHAPES[shape].with_tokens(tokens))
     kinds = ["native_c1", "native_c8"] if 16 <= tokens <= 1024 else ["native"]
-    return gemms_timed(shape, tokens) + [
-        Case(shape, tokens, usual.gemm1, usual.gemm2, usual.slice, usual.slots, prologue=kind) for kind in kinds
+    return [
+        *gemms_timed(shape, tokens),
+        *quarters_timed(shape, tokens),
+        *(Case(shape, tokens, usual.gemm1, usual.gemm2, usual.slice, usual.slots, prologue=kind) for kind in kinds),
     ]
+
+
+def quarters_timed(shape: str, tokens: int) -> list[Case]:
+    """GEMM1 by quarters of tiles, where an expert gets few rows: after Triton's prologue, and after the native one, under whose
+    end it starts unless it is told not to."""
+    if SHAPES[shape].intermediate_size != 192 or not 256 <= tokens <= 2048:
+        return []
+    first = "glm_gemm1_row_quarter"
+    second = [("glm_gemm2_sum_n128", 128, 3), ("glm_gemm2_ring_n128", 256, 3)]
+    cases = [Case(shape, tokens, first, *gemm2, prologue=prologue) for gemm2 in second for prologue in ("triton", "native")]
+    return [*cases, Case(shape, tokens, first, *second[0], prologue="native", programmatic=False)]
 
 
 def gemms_timed(shape: str, tokens: int) -> list[Case]:

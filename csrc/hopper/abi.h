@@ -5,7 +5,7 @@
 namespace glm_hopper {
 
 // Grows whenever a name, an argument or a rule below changes; the host refuses a cubin built from another number.
-constexpr int abi_version = 7;
+constexpr int abi_version = 8;
 
 // CUtensorMap as the device sees it: 128 opaque bytes made by cuTensorMapEncodeTiled, passed by value as a
 // `const __grid_constant__` argument. Host code passes its CUtensorMap; size and alignment are the same.
@@ -23,6 +23,7 @@ enum class Map : int {
     none = 0,
     w13_rows,         // dims {K, 2N, E}       strides {K, expert}          box {128, 96, 1}
     w13_half_steps,   // the same, and              box {64, 192, 1}
+    w13_quarters,     // dims {K, N, 2, E}     strides {K, N·K, expert} box {128, 48, 2, 1}
     w13_interleaved,  // dims {K, 8, 2, N/8, E} strides {K, N·K, 8·K, expert} box {128, 8, 2, 4, 1}
     act_rows,         // dims {N, P}           strides {N}                  box {128, 128}
     w2_rows,          // dims {N, K, E}        strides {N, expert}          box {128, 128, 1}
@@ -43,6 +44,7 @@ struct MapShape {
 constexpr MapShape map_shapes[] = {
     {Map::w13_rows, 3, {128, 96, 1, 0, 0}},
     {Map::w13_half_steps, 3, {64, 192, 1, 0, 0}},
+    {Map::w13_quarters, 4, {128, 48, 2, 1, 0}},
     {Map::w13_interleaved, 5, {128, 8, 2, 4, 1}},
     {Map::act_rows, 2, {128, 128, 0, 0, 0}},
     {Map::w2_rows, 3, {128, 128, 1, 0, 0}},
@@ -59,7 +61,7 @@ constexpr MapShape map_shapes[] = {
 // the second (tiles + 3 · max_tiles), built with BLOCK_M = the kernel's tile_rows. `counts` is routing.py's array.
 //
 // Family::gemm1 (all of glm_gemm1_row_*, glm_gemm1_columns_*; glm_gemm1_exact_c1 is columns with every K step summed in fp32):
-//     TensorMap w13_rows (w13_half_steps for k64), const u8* tokens [M, K] FP8, const float* token_scales [M],
+//     TensorMap w13_rows (w13_half_steps for k64, w13_quarters for quarter), const u8* tokens [M, K] FP8, const float* token_scales [M],
 //     const float* w13_scales [E, 2N], void* act [P, N] (FP8 for row, bf16 for columns), float* act_scales [P] (row only;
 //     columns ignores it, pass null), const int* rows [P], const int* tiles, const int* counts, int max_tiles,
 //     int hidden_size, int intermediate_size, int top_k
@@ -120,7 +122,7 @@ constexpr int routing_chunk = 1024;  // pairs; routing.py's CHUNK, and its SMALL
 
 // ---------------------------------------------------------------------------------------------- launches
 enum class Grid : int {
-    persistent,  // multiprocessors, rounded down to a multiple of `cluster`; fewer is right too, never 0
+    persistent,  // multiprocessors, or as many clusters as run at once; fewer is right too, never 0
     per_vector,  // ceil(tokens · hidden_size / 8 / block)
     prologue,    // prologue_blocks(cluster, tokens)
 };
@@ -154,6 +156,8 @@ constexpr Kernel kernels[] = {
     {"glm_gemm1_columns_split", "gemm1_split.cu", Family::gemm1, Grid::persistent, 384, 1, 128, 192, 13, 16384, true, {Map::w13_rows, Map::none}},
     {"glm_gemm1_row_split_l2", "gemm1_split.cu", Family::gemm1, Grid::persistent, 384, 1, 128, 192, 13, 16384, true, {Map::w13_rows, Map::none}},
     {"glm_gemm1_columns_split_l2", "gemm1_split.cu", Family::gemm1, Grid::persistent, 384, 1, 128, 192, 13, 16384, true, {Map::w13_rows, Map::none}},
+    // 11 × 20 KB: slots of 64 token rows, and of 48 gate and 48 up rows of the weights.
+    {"glm_gemm1_row_quarter", "gemm1_quarter.cu", Family::gemm1, Grid::persistent, 384, 4, 128, 192, 11, 20480, true, {Map::w13_quarters, Map::none}},
     {"glm_gemm2_sum_n128", "gemm2_prefill.cu", Family::gemm2, Grid::persistent, 512, 1, 128, 128, 6, 32768, true, {Map::act_rows, Map::w2_rows}},
     {"glm_gemm2_sum_n256", "gemm2_prefill.cu", Family::gemm2, Grid::persistent, 512, 1, 128, 256, 4, 49152, true, {Map::act_rows, Map::w2_rows}},
     // 14 × 16 KB: three stages of 48 KB or four of 32, and five or six chunks of partials.

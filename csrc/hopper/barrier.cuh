@@ -28,6 +28,17 @@ GLM_DEVICE void barrier_arrive_at(u32 barrier, u32 rank) {
         "r"(rank)
         : "memory");
 }
+// Stores a value into another block's shared memory, whose barrier, there too, counts it as four bytes of its phase: who has
+// waited for that phase sees the value. Both addresses as they are in this block.
+GLM_DEVICE void send_shared_float(u32 address, float value, u32 barrier, u32 rank) {
+    asm volatile(
+        "{\n\t.reg .b32 target, counter;\n\t"
+        "mapa.shared::cluster.u32 target, %0, %3;\n\t"
+        "mapa.shared::cluster.u32 counter, %2, %3;\n\t"
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [target], %1, [counter];\n\t}" ::"r"(address),
+        "r"(float_to_bits(value)), "r"(barrier), "r"(rank)
+        : "memory");
+}
 // Waits until the phase of this parity is complete. A new barrier counts as having completed parity 1.
 GLM_DEVICE void barrier_wait(u32 barrier, u32 parity) {
 #ifdef GLM_WAIT_LIMIT

@@ -195,6 +195,8 @@ GLM_DEVICE void touch(const float* pointer) { asm volatile("prefetch.global.L1 [
 GLM_DEVICE void ask_for_line(const u8* pointer) { asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer) : "memory"); }
 // Keeps the compiler from computing an address, or loading from it, before this place.
 GLM_DEVICE void not_before(const float*& pointer) { asm volatile("" : "+l"(pointer)); }
+// Keeps the compiler from computing what depends on a number before this place, and from keeping it in registers until then.
+GLM_DEVICE void not_before(int& number) { asm volatile("" : "+r"(number)); }
 // What no launch writes, so that the compiler may move the load across stores.
 GLM_DEVICE Float2 load_constant_2(const float* pointer) {
     Float2 v;

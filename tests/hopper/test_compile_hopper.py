@@ -18,6 +18,7 @@ SHARED = 232448  # bytes that a block may have on compute capability 9.0
 SOURCES = (
     "gemm1_prefill.cu",
     "gemm1_split.cu",
+    "gemm1_quarter.cu",
     "gemm2_prefill.cu",
     "gemm1_decode.cu",
     "gemm2_decode.cu",
@@ -153,7 +154,9 @@ def most_registers(lines: list[str], start: int) -> int:
     return most
 
 
-@pytest.mark.parametrize("source", ["gemm1_prefill.cu", "gemm1_split.cu", "gemm2_prefill.cu", "gemm2_turns.cu"])
+@pytest.mark.parametrize(
+    "source", ["gemm1_prefill.cu", "gemm1_split.cu", "gemm1_quarter.cu", "gemm2_prefill.cu", "gemm2_turns.cu"]
+)
 def test_no_role_uses_more_registers_than_setmaxnreg_leaves_it(code: dict[str, str], source: str) -> None:
     for name, body in kernels_of(code[source]).items():
         found = re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(.*?)\s*;|^(\.L_x_\d+):", body, re.MULTILINE)
@@ -173,9 +176,9 @@ def test_machine_code_has_the_instructions_meant(code: dict[str, str]) -> None:
     for source in ("gemm1_prefill.cu", "gemm1_split.cu"):
         assert "QGMMA.64x192x32.F32.E4M3.E4M3" in code[source]
     assert ".MULTICAST" in code["gemm1_prefill.cu"]
-    for source in ("gemm1_prefill.cu", "gemm1_split.cu", "gemm1_decode.cu"):
+    for source in ("gemm1_prefill.cu", "gemm1_split.cu", "gemm1_quarter.cu", "gemm1_decode.cu"):
         assert "LDGSTS.E.BYPASS.128" in code[source], f"{source} gathers in less than 16 bytes"
-    for source in ("gemm1_prefill.cu", "gemm1_split.cu", "gemm2_prefill.cu", "gemm2_turns.cu"):
+    for source in ("gemm1_prefill.cu", "gemm1_split.cu", "gemm1_quarter.cu", "gemm2_prefill.cu", "gemm2_turns.cu"):
         assert "USETMAXREG" in code[source]
     for source in ("gemm2_prefill.cu", "topk_sum.cu"):
         assert "LDG.E.128.STRONG.GPU" in code[source]
@@ -199,6 +202,14 @@ def test_machine_code_has_the_instructions_meant(code: dict[str, str]) -> None:
         assert body.count("FENCE.VIEW.ASYNC.S") == 1 + 2 * by_engine, name  # one for the barriers
         assert body.count("FENCE.VIEW.ASYNC.G") == 2, name
         assert len(re.findall(r"STG\.E\.128 ", body)) == 16 * (not by_engine), name
+    # By quarters: a step's weights are one box; its products one group, of 64 rows or of twice as many, waited for once; each
+    # of the three places that finish 64 rows sends two largest values to another block; the launch before is waited for.
+    quarter = code["gemm1_quarter.cu"]
+    assert quarter.count("UTMALDG") == quarter.count("UTMALDG.4D") == 1
+    assert quarter.count("QGMMA") == quarter.count("QGMMA.64x96x32.F32.E4M3.E4M3") == 4 + 8
+    assert quarter.count("WARPGROUP.DEPBAR") == 2
+    assert len(re.findall(r"\bSTAS\b", quarter)) == 3 * 2
+    assert quarter.count("ACQBULK") == 1
     # Sums are added to 16 bytes at a time; of each stage's products one group, which is waited for at the next or at the end.
     stationary = code["gemm2_stationary.cu"]
     assert "QGMMA.64x64x32.F32.E4M3.E4M3" in stationary

@@ -34,6 +34,13 @@ _CASES = [
     # What is asked into L2 ahead must lie in the tensors, also where a row has fewer steps than that.
     ("glm_gemm1_row_split_l2", {"tokens": 150, "hidden": 1280, "skew": 1}),
     ("glm_gemm1_columns_split_l2", {"tokens": 65, "width": 384}),
+    # By quarters: tiles of one and of two slots a step, several a cluster; rings that go round more than once; more tiles than
+    # clusters at once; fewer than clusters; one expert, whose tiles but the last take two slots; tiles of exactly 64 rows.
+    ("glm_gemm1_row_quarter", {"tokens": 150, "hidden": 1536, "grid": 8}),
+    ("glm_gemm1_row_quarter", {"tokens": 300, "skew": 1, "experts": 20, "grid": 12, "resident": 1}),
+    ("glm_gemm1_row_quarter", {"tokens": 1, "top_k": 8, "experts": 5, "grid": 12}),
+    ("glm_gemm1_row_quarter", {"tokens": 290, "experts": 1, "invalid": 0, "top_k": 1, "grid": 4, "hidden": 512}),
+    ("glm_gemm1_row_quarter", {"tokens": 64, "experts": 1, "invalid": 0, "top_k": 3, "grid": 4}),
     ("glm_gemm1_row_k64_c1", {"tokens": 130, "hidden": 512}),
     ("glm_gemm1_columns_k64_c1", {"tokens": 65, "width": 384, "hidden": 768}),
     ("glm_gemm2_sum_n128", {"tokens": 65, "hidden": 1024, "slice": 256, "slots": 2, "resident": 1}),
@@ -143,6 +150,7 @@ def test_kernel_is_right_under_random_timing(check_program: Path, kernel: str, o
         "glm_gemm1_row_k64_c1",
         "glm_gemm1_row_split",
         "glm_gemm1_row_split_l2",
+        "glm_gemm1_row_quarter",
         "glm_gemm2_sum_n128",
         "glm_gemm1_decode_t16",
         "glm_gemm2_decode_t16",
@@ -170,6 +178,20 @@ def test_extreme_timings_give_the_same_by_bands_or_without(check_program: Path, 
     shape = {"tokens": 72, "hidden": 512, "slice": 256, "band": band, "top_k": 2 if "_sum_" in kernel else 8}
     done = run_check(check_program, kernel, timing=timing, seed=SEED, grid=2, **shape)
     assert done.returncode == 0, f"seed={SEED}\n{done.stdout}{done.stderr}"
+
+
+@pytest.mark.parametrize("shape", [{"tokens": 100}, {"tokens": 280, "skew": 1, "experts": 9, "hidden": 1536}])
+def test_rows_by_quarters_have_the_bits_of_whole_ones_at_any_timing_and_grid(
+    check_program: Path, shape: dict[str, int]
+) -> None:
+    bits = set()
+    runs = (("row_c1", 2, 3), ("row_split", 2, 5), *(("row_quarter", timing, 4 * (1 + timing)) for timing in (0, 1, 2)))
+    for schedule, (which, timing, grid) in enumerate(runs, start=SEED + 1):
+        more = {"schedule": schedule, "timing": timing, "grid": grid, **shape}
+        done = run_check(check_program, f"glm_gemm1_{which}", seed=SEED, **more)
+        assert done.returncode == 0, f"seed={SEED}\n{done.stdout}{done.stderr}"
+        bits |= {line for line in done.stdout.splitlines() if line.startswith("bits ")}
+    assert len(bits) == 1, bits
 
 
 @pytest.mark.parametrize("width", [192, 768])
@@ -230,6 +252,7 @@ def test_partials_through_the_ring_or_by_loads_and_by_turns_give_the_same_bits_a
     [
         "glm_gemm1_row_c2",
         "glm_gemm1_row_split",
+        "glm_gemm1_row_quarter",
         "glm_gemm1_decode_t8",
         "glm_gemm2_sum_n256",
         "glm_gemm2_stationary_t640",

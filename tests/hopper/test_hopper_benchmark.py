@@ -55,10 +55,22 @@ def test_the_native_prologue_is_checked_and_timed_at_every_count(benchmark: Modu
     assert any(case.band for case in checked) and {"EP8", "TP8"} == {case.shape for case in checked}
     for shape, problem in benchmark.SHAPES.items():
         for tokens in (1, 8, 16, 64, 256, 1024, 8192):
-            native = [case for case in benchmark.timed(shape, tokens) if "prologue" in case.text]
+            named = [case for case in benchmark.timed(shape, tokens) if "prologue" in case.text]
+            native = [case for case in named if "_quarter" not in case.gemm1]
             assert [case.prologue for case in native] in (["native"], ["native_c1", "native_c8"])
             configured = HopperConfig(*(getattr(native[0], name) for name in ("gemm1", "gemm2", "slice", "slots")))
             assert configured == replace(default_config(problem.with_tokens(tokens)), prologue="triton")
+
+
+def test_quarters_of_tiles_are_timed_from_256_to_2048_tokens_with_and_without_an_early_start(benchmark: ModuleType) -> None:
+    for tokens in (64, 256, 512, 1024, 2048, 4096):
+        quarters = [case for case in benchmark.timed("TP8", tokens) if "_quarter" in case.gemm1]
+        assert len({case.text for case in quarters}) == len(quarters) == (5 if 256 <= tokens <= 2048 else 0)
+        native = [case.programmatic for case in quarters if case.prologue == "native"]
+        assert set(native) == ({True, False} if quarters else set())
+    assert not any("_quarter" in case.gemm1 for case in benchmark.timed("TP4", 1024))
+    checked = {(case.tokens, case.routing) for case in benchmark.checks() if "_quarter" in case.gemm1}
+    assert {(tokens, how) for tokens in (300, 1024) for how in ("spread", "skewed", "bad")} < checked
 
 
 _CHILD = """

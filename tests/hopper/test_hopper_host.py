@@ -110,7 +110,8 @@ def test_every_kernel_is_launched_as_abi_h_says(row, native: Native, mock: Mock)
     assert launch.cluster == (0 if row.cluster == 1 else row.cluster)
     assert launch.programmatic == row.programmatic
     if row.grid == "persistent":
-        assert launch.grid == 132 // row.cluster * row.cluster
+        # Of the mock's GPCs six have 16 multiprocessors and two have 18.
+        assert launch.grid == (132 if row.cluster == 1 else row.cluster * (6 * (16 // row.cluster) + 2 * (18 // row.cluster)))
     elif row.grid == "prologue":
         assert launch.grid == {1: 1 + TOKENS // 2, 8: 160}[row.cluster]  # a cluster, two tokens a block, whole clusters
     else:
@@ -130,6 +131,12 @@ def test_every_kernel_is_launched_as_abi_h_says(row, native: Native, mock: Mock)
     maps = {
         "w13_rows": ([HIDDEN, 2 * WIDTH, EXPERTS], [HIDDEN, 2 * WIDTH * HIDDEN], [128, 96, 1], "w13"),
         "w13_half_steps": ([HIDDEN, 2 * WIDTH, EXPERTS], [HIDDEN, 2 * WIDTH * HIDDEN], [64, 192, 1], "w13"),
+        "w13_quarters": (
+            [HIDDEN, WIDTH, 2, EXPERTS],
+            [HIDDEN, WIDTH * HIDDEN, 2 * WIDTH * HIDDEN],
+            [128, 48, 2, 1],
+            "w13",
+        ),
         "w13_interleaved": (
             [HIDDEN, 8, 2, WIDTH // 8, EXPERTS],
             [HIDDEN, WIDTH * HIDDEN, 8 * HIDDEN, 2 * WIDTH * HIDDEN],
@@ -222,6 +229,24 @@ def test_a_persistent_grid_takes_no_more_than_it_is_allowed_and_whole_clusters(n
     assert run(native, "glm_gemm1_row_c2", mock, multiprocessors=77).grid == 76
     assert run(native, "glm_gemm1_row_c2", mock, multiprocessors=1).grid == 2
     assert run(native, "glm_gemm1_row_c1", mock, multiprocessors=500).grid == 132
+
+
+def test_a_persistent_grid_is_the_clusters_that_run_at_once_where_the_driver_says(native: Native, mock: Mock) -> None:
+    quarter = "glm_gemm1_row_quarter"
+    assert run(native, quarter, mock).grid == 4 * 32
+    assert run(native, quarter, mock, multiprocessors=77).grid == 76
+    assert run(native, quarter, mock, multiprocessors=3).grid == 4
+    before = mock.calls("cuOccupancyMaxActiveClusters")
+    clustered = [row for row in table() if row.cluster > 1 and row.grid == "persistent"]
+    assert before >= len(clustered) > 3
+    run(native, quarter, mock)
+    assert mock.calls("cuOccupancyMaxActiveClusters") == before, "asked for at the load and at no launch"
+
+
+def test_a_persistent_grid_is_all_multiprocessors_where_the_driver_does_not_say(opened: Native, mock: Mock) -> None:
+    mock.fail("cuOccupancyMaxActiveClusters", 1)
+    opened.load(0, "gemm1_quarter.cu", mock_image("gemm1_quarter.cu"))
+    assert run(opened, "glm_gemm1_row_quarter", mock).grid == 132
 
 
 def test_no_tokens_launch_nothing(native: Native, mock: Mock) -> None:

@@ -15,6 +15,7 @@ _GEMM2 = "gemm2_phases.cuh"  # which the next two include
 _STAGES, _TURNS = "gemm2_prefill.cu", "gemm2_turns.cu"
 _STATIONARY = "gemm2_stationary.cu"
 _SPLIT = "gemm1_split.cu"
+_QUARTER = "gemm1_quarter.cu"
 _PROLOGUE = "prologue.cu"
 
 # How a lane reads its part of a chunk, and frees it.
@@ -162,6 +163,58 @@ _FAULTS = [
     ),
     ("a half left out", _SPLIT, "glm_gemm1_row_split", "whole + 2 * (items - whole)", "whole + (items - whole)"),
     ("the reordering loses a tile", _SPLIT, "glm_gemm1_row_split", "with_both + which - both_before", "which"),
+    *(
+        (name, _QUARTER, "glm_gemm1_row_quarter", text, other)
+        for name, text, other in (
+            ("largest values sent before the barriers are there", "cluster_barrier();  // the others'", "block_barrier();  //"),
+            ("largest values read before they have come", "barrier_wait(received, ", "if (0) barrier_wait(received, "),
+            ("two blocks' largest values waited for of three", "quarter_peers * 16 * 4)", "(quarter_peers - 1) * 16 * 4)"),
+            ("one room and one barrier for all exchanges", "quarter_exchanges = 2;", "quarter_exchanges = 1;"),
+            ("one room for the values of all exchanges", "turn * quarter_maxima_bytes", "0 * quarter_maxima_bytes"),
+            ("three blocks' largest values in one place", "(peer - 1) * mma_rows * 4", "0 * mma_rows"),
+            ("a block's own largest value for the row's", "if (peer > 0) largest[half] =", "if (0) largest[half] ="),
+            ("no proxy fence by quarters", "fence_proxy_async();", ""),
+            ("slots of a quarter freed while they are multiplied", "mma_wait<0>();", ""),
+            (
+                "weights of a quarter copied over those that are read",
+                "barrier_wait(room.weights_empty",
+                "if (0) barrier_wait(room.weights_empty",
+            ),
+            (
+                "rows of a quarter gathered over those that are read",
+                "barrier_wait(room.rows_empty",
+                "if (0) barrier_wait(room.rows_empty",
+            ),
+            (
+                "rows of a quarter multiplied before they come",
+                "barrier_wait(room.rows_full",
+                "if (0) barrier_wait(room.rows_full",
+            ),
+            (
+                "a tile met before the other warpgroup has met the one before",
+                "if (number > 0) barrier_wait",
+                "if (0) barrier_wait",
+            ),
+            ("a tile of two halves passed over as of one", "? quarter_halves * steps : steps", "? steps : steps"),
+            ("the first half's rows gathered for the second", "half * quarter_rounds + round;", "round;"),
+            ("the second half at the first one's rows", "place.first_row + half * mma_rows", "place.first_row"),
+            ("the second half as long as the first", "place.size - half * mma_rows", "place.size"),
+            ("the scales of the first half's tokens for the second's", "i / 2 * mma_rows + fragment_row", "fragment_row"),
+            ("the first block's columns of the weights", "rank * quarter_columns);\n        } else", "0);\n        } else"),
+            (
+                "the first block's scales of the weights",
+                "+ rank * quarter_columns;\n        const float*",
+                ";\n        const float*",
+            ),
+            ("the expert of the tile before", "next_expert = p.tiles[tile + stride];", "next_expert = p.tiles[tile];"),
+            (
+                "the rows of the tile before",
+                "after = quarter_tile(p, tile + 2 * stride",
+                "after = quarter_tile(p, tile + stride",
+            ),
+            ("a row too many of the last columns", "if (rest_row < size)", "if (rest_row < size + 1)"),
+        )
+    ),
     (
         "sum before its products",
         _GEMM2,
@@ -520,7 +573,8 @@ _FAULTS = [
 
 def _options(kernel: str, seed: int) -> dict[str, int]:
     """Of a run. GEMM2 by bands in every other: with a short one at the end, or also with some that have no valid pair. Split
-    GEMM1 in every other with so many blocks that tiles are halved."""
+    GEMM1 in every other with so many blocks that tiles are halved. By quarters tiles of two halves and of one in turn, or
+    of one, in rings that go round within a tile or not."""
     if "prologue" in kernel:
         banded = {0: {"tokens": 16, "top_k": 512, "band": 2}, 1: {"tokens": 6, "top_k": 512, "experts": 300, "band": 2}}
         single = {2: {"tokens": 5, "top_k": 8, "hidden": 5632}, 3: {"tokens": 40, "top_k": 50, "elsewhere": 60}}
@@ -539,6 +593,9 @@ def _options(kernel: str, seed: int) -> dict[str, int]:
         shared |= {"width": 576}
     elif "_turns_" in kernel and seed % 4 == 1:  # many items of one turn
         shared |= {"experts": 40}
+    if "_quarter" in kernel:
+        of_one = {"experts": 9} if seed % 3 == 0 else {}
+        return {**shared, "hidden": 1536 if seed % 4 == 1 else 512, "grid": 4 if seed % 2 else 8, **of_one}
     if "_split" in kernel:
         return {**shared, "grid": 9 if seed % 2 else 2}
     return {**shared, **banded.get(seed % 4, {"grid": 2})}
@@ -577,7 +634,7 @@ def test_planted_fault_is_found(found: dict[str, Future[bool]], name: str) -> No
     assert found[name].result(), f"{name}: not found by 12 runs"
 
 
-@pytest.mark.parametrize("file", [_GEMM1, _SPLIT, _STAGES, _TURNS, _DECODE1, _DECODE2, _STATIONARY, _PROLOGUE])
+@pytest.mark.parametrize("file", [_GEMM1, _SPLIT, _QUARTER, _STAGES, _TURNS, _DECODE1, _DECODE2, _STATIONARY, _PROLOGUE])
 def test_unchanged_kernels_pass_the_same_runs(changed_kernel: Callable[..., Path], file: str) -> None:
     kernels = {kernel for _, of_fault, kernel, _, _ in _FAULTS if _source_of(kernel, of_fault) == file}
     assert kernels

@@ -16,6 +16,12 @@ _CASES = [
     (70, 192, 3, 3, "glm_gemm1_row_split", "glm_gemm2_sum_n128", "bad"),
     (136, 192, 8, 16, "glm_gemm1_row_c1", "glm_gemm2_sum_n256", "spread", 128, 8),
     (70, 192, 4, 4, "glm_gemm1_row_c2", "glm_gemm2_sum_n256", "bad"),
+    # A cluster of four shares each tile.
+    (150, 192, 4, 4, "glm_gemm1_row_quarter", "glm_gemm2_sum_n128", "skewed"),
+    (70, 192, 9, 9, "glm_gemm1_row_quarter", "glm_gemm2_ring_n256", "bad", 0, 8, "native"),
+    (40, 192, 9, 9, "glm_gemm1_row_quarter", "glm_gemm2_turns_n256", "spread", 0, 8),
+    (40, 192, 4, 4, "glm_gemm1_row_quarter", "glm_gemm2_stationary_t640", "collapsed"),
+    (5, 192, 2, 2, "glm_gemm1_row_quarter", "glm_gemm2_sum_n256", "none"),
     (33, 384, 3, 6, "glm_gemm1_columns_c1", "glm_gemm2_sum_n256", "spread"),
     (20, 384, 3, 3, "glm_gemm1_exact_c1", "glm_gemm2_sum_n128", "skewed"),
     (3, 192, 4, 4, "glm_gemm1_decode_t8", "glm_gemm2_decode_t8", "spread"),

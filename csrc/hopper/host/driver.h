@@ -86,6 +86,7 @@ struct Driver {
   Result (*encode_tiled)(void* map, int type, unsigned rank, void* base, const uint64_t* dims, const uint64_t* strides,
                          const unsigned* box, const unsigned* element_strides, int interleave, int swizzle, int promotion,
                          int fill);
+  Result (*most_clusters)(int*, Function, const LaunchConfig*);
   // From CUDA 12.4 on; null before.
   Result (*function_load)(Function);
   Result (*parameter_info)(Function, size_t index, size_t* offset, size_t* size);
@@ -118,6 +119,7 @@ constexpr DriverFunction driver_functions[] = {
     {"cuFuncSetAttribute", false},
     {"cuLaunchKernelEx", false},
     {"cuTensorMapEncodeTiled", false},
+    {"cuOccupancyMaxActiveClusters", false},
     {"cuFuncLoad", true},
     {"cuFuncGetParamInfo", true},
 };

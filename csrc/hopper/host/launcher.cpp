@@ -57,6 +57,11 @@ class Launcher::InContext {
   Result result_ = kSuccess;
 };
 
+struct Launcher::Loaded {
+  Function function = nullptr;
+  int dynamic_limit = 0, most_clusters = 0;
+};
+
 struct Launcher::Prepared {
   int number = 0;
   Function function = nullptr;
@@ -148,20 +153,42 @@ std::string Launcher::compare_arguments(int number, Function function) const {
   return "";
 }
 
-int Launcher::load_kernel(DeviceState& state, int number, Module module, Function* function, int* dynamic_limit) const {
+// How many clusters of a kernel the device runs at once: fewer than its multiprocessors make, since a cluster lies in one GPC
+// and a GPC need not have a multiple of them. 0 where the driver does not say, or the kernel has no clusters.
+int Launcher::most_clusters(int number, Function function) const {
+  const Kernel& kernel = kernels[number];
+  if (kernel.cluster == 1 || kernel.grid != Grid::persistent) return 0;
+  LaunchAttribute attribute = {};
+  attribute.id = kClusterDimension;
+  attribute.value.cluster = {unsigned(kernel.cluster), 1, 1};
+  LaunchConfig config = {};
+  config.grid_x = unsigned(kernel.cluster);
+  config.block_x = unsigned(kernel.block);
+  config.grid_y = config.grid_z = config.block_y = config.block_z = 1;
+  config.shared_bytes = unsigned(shared_bytes(kernel, kernel.tile_columns));  // the same at every width
+  config.attributes = &attribute;
+  config.attribute_count = 1;
+  int clusters = 0;
+  return driver_.most_clusters(&clusters, function, &config) == kSuccess ? std::max(clusters, 0) : 0;
+}
+
+int Launcher::load_kernel(DeviceState& state, int number, Module module, Loaded* out) const {
   const std::string name = kernels[number].name, where = " on cuda:" + std::to_string(state.ordinal);
   const std::string other = ". The cubin and libglm_hopper.so are not of one version: reinstall vllm-glm-patch.";
-  Result result = driver_.module_function(function, module, name.c_str());
+  Result result = driver_.module_function(&out->function, module, name.c_str());
   if (result == 500) return fail(kRefused, name + " is not in the cubin of " + kernels[number].source + other);
-  const std::string difference = result == kSuccess ? compare_arguments(number, *function) : "";
+  const std::string difference = result == kSuccess ? compare_arguments(number, out->function) : "";
   if (!difference.empty()) return fail(kRefused, name + " " + difference + other);
   int fixed = 0;
   // Now rather than at the first launch, which may be inside a capture.
-  if (result == kSuccess && driver_.function_load) result = driver_.function_load(*function);
-  if (result == kSuccess) result = driver_.function_attribute(&fixed, kStaticShared, *function);
-  *dynamic_limit = state.shared_opt_in - fixed;
-  if (result == kSuccess) result = driver_.set_function_attribute(*function, kMaxDynamicShared, *dynamic_limit);
-  if (result == kSuccess) return 0;
+  if (result == kSuccess && driver_.function_load) result = driver_.function_load(out->function);
+  if (result == kSuccess) result = driver_.function_attribute(&fixed, kStaticShared, out->function);
+  out->dynamic_limit = state.shared_opt_in - fixed;
+  if (result == kSuccess) result = driver_.set_function_attribute(out->function, kMaxDynamicShared, out->dynamic_limit);
+  if (result == kSuccess) {
+    out->most_clusters = most_clusters(number, out->function);
+    return 0;
+  }
   return fail(result, name + where + " cannot be made ready: " + driver_.text_of(result) + ". " + next_step(result));
 }
 
@@ -184,17 +211,17 @@ int Launcher::load(int device, const char* source, const void* image) {
   if (result != kSuccess)
     return fail(result, std::string("the cubin of ") + source + " cannot be loaded on cuda:" + std::to_string(device) + ": " +
                             driver_.text_of(result));
-  Function functions[kKernels];
-  int limits[kKernels];
+  Loaded loaded[kKernels];
   for (int i = 0; i < count; ++i) {
-    if (int failed = load_kernel(*state, wanted[i], module, &functions[i], &limits[i])) {
+    if (int failed = load_kernel(*state, wanted[i], module, &loaded[i])) {
       driver_.module_unload(module);
       return failed;
     }
   }
   for (int i = 0; i < count; ++i) {
-    state->dynamic_limit[wanted[i]].store(limits[i], std::memory_order_relaxed);
-    state->functions[wanted[i]].store(functions[i], std::memory_order_release);
+    state->dynamic_limit[wanted[i]].store(loaded[i].dynamic_limit, std::memory_order_relaxed);
+    state->most_clusters[wanted[i]].store(loaded[i].most_clusters, std::memory_order_relaxed);
+    state->functions[wanted[i]].store(loaded[i].function, std::memory_order_release);
   }
   state->modules[wanted[0]] = module;
   return 0;
@@ -235,7 +262,12 @@ int Launcher::prepare(const DeviceState& state, int number, const GlmHopperLayer
   if (layer.multiprocessors > 0) most = std::min(most, layer.multiprocessors);
   const int64_t vectors = int64_t(layer.tokens_count) * layer.hidden_size / 8;
   switch (kernel.grid) {
-    case Grid::persistent: out->grid = unsigned(std::max(most / kernel.cluster, 1) * kernel.cluster); break;
+    case Grid::persistent: {
+      int clusters = most / kernel.cluster;
+      if (const int at_once = state.most_clusters[number].load(std::memory_order_relaxed)) clusters = std::min(clusters, at_once);
+      out->grid = unsigned(std::max(clusters, 1) * kernel.cluster);
+      break;
+    }
     case Grid::per_vector: out->grid = unsigned((vectors + kernel.block - 1) / kernel.block); break;
     case Grid::prologue: out->grid = prologue_blocks(kernel.cluster, layer.tokens_count); break;
   }

@@ -42,7 +42,9 @@ class Launcher {
     Module modules[kKernels] = {};  // each beside the first kernel of its source
     std::atomic<Function> functions[kKernels] = {};  // null: not loaded
     std::atomic<int> dynamic_limit[kKernels] = {};   // bytes
+    std::atomic<int> most_clusters[kKernels] = {};   // at once; 0: not known, or no clusters
   };
+  struct Loaded;
   class InContext;
   struct Prepared;
 
@@ -50,7 +52,8 @@ class Launcher {
   int fail(int result, const std::string& text) const;
   DeviceState* state_of(int device) const;
   int make_state(int device, DeviceState** out);
-  int load_kernel(DeviceState& state, int number, Module module, Function* function, int* dynamic_limit) const;
+  int load_kernel(DeviceState& state, int number, Module module, Loaded* out) const;
+  int most_clusters(int number, Function function) const;
   std::string compare_arguments(int number, Function function) const;
   int prepare(const DeviceState& state, int number, const GlmHopperLayer& layer, Prepared* out);
   int launch(const DeviceState& state, Stream stream, const GlmHopperLayer& layer, Prepared& prepared) const;

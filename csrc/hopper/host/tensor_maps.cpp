@@ -24,6 +24,7 @@ const char* name_of(Map map) {
   switch (map) {
     case Map::w13_rows: return "w13_rows";
     case Map::w13_half_steps: return "w13_half_steps";
+    case Map::w13_quarters: return "w13_quarters";
     case Map::w13_interleaved: return "w13_interleaved";
     case Map::act_rows: return "act_rows";
     case Map::w2_rows: return "w2_rows";
@@ -44,6 +45,7 @@ Extents extents_of(const MapKey& key) {
   switch (map) {
     case Map::w13_rows:
     case Map::w13_half_steps: return {{k, 2 * n, rows}, {k, stride}};
+    case Map::w13_quarters: return {{k, n, 2, rows}, {k, n * k, stride}};
     case Map::w13_interleaved: return {{k, 8, 2, n / 8, rows}, {k, n * k, 8 * k, stride}};
     case Map::act_rows: return {{n, rows}, {n}};
     case Map::w2_rows: return {{n, k, rows}, {n, stride}};

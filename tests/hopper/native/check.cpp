@@ -28,11 +28,15 @@
 #define GEMM2_TURNS 10
 #define GEMM1_SPLIT 6
 #define PROLOGUE 7
+#define GEMM1_QUARTER 11
 #if CHECK_FILE(GEMM1_PREFILL)
 #include "gemm1_prefill.cu"
 #endif
 #if CHECK_FILE(GEMM1_SPLIT)
 #include "gemm1_split.cu"
+#endif
+#if CHECK_FILE(GEMM1_QUARTER)
+#include "gemm1_quarter.cu"
 #endif
 #if CHECK_FILE(GEMM1_DECODE)
 #include "gemm1_decode.cu"
@@ -172,7 +176,7 @@ struct Problem {
         l.shared_bytes = shared_bytes(kernel, width);
         if (o["resident"]) l.resident = o["resident"];
         l.seed = o["schedule"] ? o["schedule"] : o["seed"];
-        l.uneven = kernel.family == Family::prologue;
+        l.uneven = kernel.family == Family::prologue || kernel.cluster == 4;
         l.copies = l.products = static_cast<emulate::Timing>(o["timing"]);
         return l;
     }
@@ -201,6 +205,9 @@ struct Report {
 
 double silu(double x) { return x / (1 + std::exp(-x)); }
 
+// Of the output's bits, which test_emulated_kernels.py compares between kernels, timings and grids.
+constexpr u64 print_seed = 14695981039346656037ull, print_factor = 1099511628211ull;
+
 bool check_gemm1(Problem& p) {
     const bool row_kernel = std::strstr(p.kernel.name, "_row_");
     const bool decode = p.kernel.family == Family::gemm1_decode;
@@ -216,8 +223,9 @@ bool check_gemm1(Problem& p) {
     const emulate::MapFields rows_map{w13.data, 3, {k, 2 * n, p.experts}, {0, k, expert}, {128, 96, 1}};
     const emulate::MapFields interleaved{w13.data, 5, {k, 8, 2, n / 8, p.experts}, {0, k, n * k, 8 * k, expert}, {128, 8, 2, 4, 1}};
     const emulate::MapFields half_steps{w13.data, 3, {k, 2 * n, p.experts}, {0, k, expert}, {64, 192, 1}};
-    const bool halves = p.kernel.maps[0] == Map::w13_half_steps;
-    const TensorMap map = emulate::encode(decode ? &interleaved : halves ? &half_steps : &rows_map);
+    const emulate::MapFields quarters{w13.data, 4, {k, n, 2, p.experts}, {0, k, n * k, expert}, {128, 48, 2, 1}};
+    const bool halves = p.kernel.maps[0] == Map::w13_half_steps, quarter = p.kernel.maps[0] == Map::w13_quarters;
+    const TensorMap map = emulate::encode(decode ? &interleaved : halves ? &half_steps : quarter ? &quarters : &rows_map);
     const std::string name = p.kernel.name;
     emulate::run(p.launch(), [&] {
 #define CALL(entry)                                                                                                              \
@@ -232,6 +240,9 @@ bool check_gemm1(Problem& p) {
         CALL(glm_gemm1_exact_c1);
         CALL(glm_gemm1_row_k64_c1);
         CALL(glm_gemm1_columns_k64_c1);
+#endif
+#if CHECK_FILE(GEMM1_QUARTER)
+        CALL(glm_gemm1_row_quarter);
 #endif
 #if CHECK_FILE(GEMM1_SPLIT)
         CALL(glm_gemm1_row_split);
@@ -254,6 +265,12 @@ bool check_gemm1(Problem& p) {
         emulate::fail("no such entry");
     });
 
+    if (row_kernel) {
+        u64 bits = print_seed;
+        for (size_t i = 0; i < static_cast<size_t>(p.valid) * p.width; ++i) bits = (bits ^ act[i]) * print_factor;
+        for (int row = 0; row < p.valid; ++row) bits = (bits ^ float_to_bits(act_scales[row])) * print_factor;
+        std::printf("bits %016llx\n", bits);
+    }
     std::vector<float> value(256);
     for (int code = 0; code < 256; ++code) value[code] = fp8_value(code);
     Report values{"act"}, scales{"act_scales"}, untouched{"act past the end"}, counters{"counters after"};
@@ -354,8 +371,8 @@ bool compare_sums(Problem& p, Gemm2Check& check, Buffer<u16>& out, double partia
 
 // Sums are made in one order, so the bits are the same whatever the timing and the grid: test_emulated_kernels.py compares.
 void print_bits(Buffer<u16>& out) {
-    unsigned long long bits = 14695981039346656037ull;
-    for (size_t i = 0; i < out.count; ++i) bits = (bits ^ out[i]) * 1099511628211ull;
+    u64 bits = print_seed;
+    for (size_t i = 0; i < out.count; ++i) bits = (bits ^ out[i]) * print_factor;
     std::printf("bits %016llx\n", bits);
 }
 

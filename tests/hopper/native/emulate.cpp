@@ -497,6 +497,7 @@ void run(const Launch& launch, const std::function<void()>& kernel) {
     int started = 0, finished = 0, sweep = 0, slow_warp = 0;
     // Not with a slow warp in every block, too, or the others would not get ahead of it.
     const int slow_block = launch.uneven && chance(50) ? static_cast<int>(here.random() % std::min(launch.grid, 8)) : -1;
+    bool held = slow_block >= 0 && chance(50);  // it does not start before all others can do nothing without it
     here.clusters.resize(clusters);
     while (finished < clusters) {
         while (started < clusters && started - finished < launch.resident) {
@@ -521,7 +522,7 @@ void run(const Launch& launch, const std::function<void()>& kernel) {
         for (size_t i = 0; i < order.size(); ++i) {
             Fibre& fibre = *order[((backwards ? order.size() - 1 - i : i) + offset) % order.size()];
             if (fibre.ready && !fibre.ready()) continue;
-            if (fibre.block->index == slow_block && chance(97)) continue;
+            if (fibre.block->index == slow_block && (held || chance(97))) continue;
             if (chance(slow_block < 0 && fibre.thread / 32 == slow_warp ? 97 : 5)) continue;
             here.progress = true;
             resume(fibre);
@@ -529,10 +530,14 @@ void run(const Launch& launch, const std::function<void()>& kernel) {
         }
         if (!here.progress) {
             bool skipped = false;
-            for (Fibre* fibre : order) skipped = skipped || !fibre->ready || fibre->ready();
+            for (Fibre* fibre : order) {
+                if (held && fibre->block->index == slow_block) continue;
+                skipped = skipped || !fibre->ready || fibre->ready();
+            }
             if (!skipped) {
-                if (here.flying.empty()) report_deadlock();
-                land_one();
+                if (!here.flying.empty()) land_one();
+                else if (held) held = false;
+                else report_deadlock();
             }
         }
         for (auto& cluster : here.clusters) {
@@ -788,6 +793,22 @@ void barrier_arrive(u32 barrier) { arrive(*current->block, barrier); }
 void barrier_arrive_at(u32 barrier, u32 rank) {
     if (rank >= current->block->cluster->blocks.size()) fail("arrival at block %u of the cluster", rank);
     arrive(*current->block->cluster->blocks[rank], barrier);
+}
+void send_shared_float(u32 address, float value, u32 barrier, u32 rank) {
+    auto& blocks = current->block->cluster->blocks;
+    if (rank >= blocks.size()) fail("a value for block %u of the cluster", rank);
+    if (address % 4) fail("a value for shared address %u", address);
+    Block* other = blocks[rank].get();
+    barrier_at(*other, barrier);
+    std::memset(shared_at(*other, address, 4), poison, 4);
+    launch_copy([other, address, value, barrier] {
+        if (other->running == 0) fail("a value comes to block %d, which has ended", other->index);
+        std::memcpy(shared_at(*other, address, 4), &value, 4);
+        Barrier& counted = barrier_at(*other, barrier);
+        counted.bytes -= 4;
+        settle(counted);
+        world->progress = true;
+    });
 }
 void barrier_wait(u32 barrier, u32 parity) {
     Barrier& waited = barrier_at(*current->block, barrier);

@@ -1,7 +1,7 @@
 // The device for a CPU: what csrc/hopper/platform.cuh and its neighbours declare, run by fibres of one thread.
 //
 // A launch runs the kernel's own source. Every CUDA thread is a fibre; whenever it waits, another one goes on, in an order
-// drawn from a seed. Copies (cp.async, TMA) poison their target when they are issued; they read and land at a random later moment;
+// drawn from a seed. Copies (cp.async, TMA), and values sent to another block, poison their target when they are issued; they read and land at a random later moment;
 // wgmma reads shared memory at issue or only at the wait that retires it, and its accumulators hold NaN in between. So a
 // wrong phase, an early reuse or a missing wait shows as a wrong result, a deadlock is reported with who waits for what,
 // and accesses outside shared memory, wrong alignments and missing proxy fences stop the run with a message; but what TMA reads
@@ -43,7 +43,7 @@ struct Launch {
     int resident = 1 << 30;  // clusters that may run at once; the others start as earlier ones end
     unsigned seed = 0;
     Timing copies = Timing::random, products = Timing::random;
-    bool uneven = false;  // in every other run one of the first 8 blocks is far slower than the others
+    bool uneven = false;  // in every other run one of the first 8 blocks is far slower than the others, or also starts last
 };
 // Runs kernel() in every thread of every block. Ends the process with a message on any error.
 void run(const Launch& launch, const std::function<void()>& kernel);
@@ -97,6 +97,7 @@ Vector4 load_once_16(const void* pointer);
 Vector4 load_16(const void* pointer);
 void touch(const float* pointer);
 inline void not_before(const float*&) {}
+inline void not_before(int&) {}
 void ask_for_line(const u8* pointer);
 Float2 load_constant_2(const float* pointer);
 void store_16(void* pointer, Vector4 value);
@@ -139,6 +140,7 @@ void barrier_init_done();
 void barrier_expect(u32 barrier, u32 bytes);
 void barrier_arrive(u32 barrier);
 void barrier_arrive_at(u32 barrier, u32 rank);
+void send_shared_float(u32 address, float value, u32 barrier, u32 rank);
 void barrier_wait(u32 barrier, u32 parity);
 void named_barrier(int id, int threads);
 void block_barrier();

@@ -6,6 +6,7 @@
 
 #include "gemm1_decode.cu"
 #include "gemm1_prefill.cu"
+#include "gemm1_quarter.cu"
 #include "gemm1_split.cu"
 #include "gemm2_decode.cu"
 #include "gemm2_prefill.cu"
@@ -44,6 +45,7 @@ void enter(const std::string& name, void** values) {
     ENTRY(glm_gemm1_exact_c1);
     ENTRY(glm_gemm1_row_k64_c1);
     ENTRY(glm_gemm1_columns_k64_c1);
+    ENTRY(glm_gemm1_row_quarter);
     ENTRY(glm_gemm1_row_split);
     ENTRY(glm_gemm1_columns_split);
     ENTRY(glm_gemm1_row_split_l2);
@@ -105,6 +107,7 @@ DRIVER cuModuleGetFunction(void** function, void*, const char* name) {
 }
 DRIVER cuFuncGetAttribute(int* value, int, void*) { return *value = 0, 0; }
 DRIVER cuFuncSetAttribute(void*, int, int) { return 0; }
+DRIVER cuOccupancyMaxActiveClusters(int*, void*, const LaunchConfig*) { return 1; }
 
 DRIVER cuTensorMapEncodeTiled(void* map, int type, unsigned rank, void* base, const uint64_t* dims, const uint64_t* strides,
                               const unsigned* box, const unsigned* element_strides, int interleave, int swizzle, int, int fill) {

@@ -69,6 +69,7 @@ SAME(function_attribute, cuFuncGetAttribute);
 SAME(set_function_attribute, cuFuncSetAttribute);
 SAME(launch, cuLaunchKernelEx);
 SAME(encode_tiled, cuTensorMapEncodeTiled);
+SAME(most_clusters, cuOccupancyMaxActiveClusters);
 #if CUDA_VERSION >= 12040
 SAME(function_load, cuFuncLoad);
 SAME(parameter_info, cuFuncGetParamInfo);

@@ -175,6 +175,17 @@ MOCK int cuFuncSetAttribute(void* function, int attribute, int value) {
   kernel->dynamic_limit = value;
   return called("cuFuncSetAttribute");
 }
+// Six GPCs of 16 multiprocessors and two of 18.
+MOCK int cuOccupancyMaxActiveClusters(int* clusters, void* function, const glm_hopper::LaunchConfig* config) {
+  Lock lock(mutex);
+  if (int failed = called("cuOccupancyMaxActiveClusters")) return failed;
+  if (current() < 0) return kInvalidContext;
+  const bool clustered = config->attribute_count == 1 && config->attributes[0].id == 4;
+  if (!clustered || int(config->shared_bytes) > static_cast<MockKernel*>(function)->dynamic_limit) return kInvalidValue;
+  const int blocks = int(config->attributes[0].value.cluster.x);
+  *clusters = 6 * (16 / blocks) + 2 * (18 / blocks);
+  return kOk;
+}
 #ifndef MOCK_BEFORE_12_4
 MOCK int cuFuncGetParamInfo(void* function, size_t index, size_t* offset, size_t* size) {
   Lock lock(mutex);
