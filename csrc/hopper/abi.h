@@ -164,8 +164,8 @@ constexpr Kernel kernels[] = {
     {"glm_gemm2_ring_n128", "gemm2_prefill.cu", Family::gemm2_ring, Grid::persistent, 512, 1, 128, 128, 14, 16384, true, {Map::act_rows, Map::w2_rows, Map::partial_rows}},
     {"glm_gemm2_ring_n256", "gemm2_prefill.cu", Family::gemm2_ring, Grid::persistent, 512, 1, 128, 256, 14, 16384, true, {Map::act_rows, Map::w2_rows, Map::partial_rows}},
     // Two stages: 64 rows and 256 columns × 192 of K, two chunks, half of the staging area, and scales of two items.
-    {"glm_gemm2_turns_n256", "gemm2_turns.cu", Family::gemm2_ring, Grid::persistent, 512, 1, 256, 256, 2, 113664, true, {Map::act_steps_64, Map::w2_steps_256, Map::partial_rows}},
-    {"glm_gemm2_turns_lanes_n256", "gemm2_turns.cu", Family::gemm2_ring, Grid::persistent, 512, 1, 256, 256, 2, 113664, true, {Map::act_steps_64, Map::w2_steps_256, Map::partial_rows}},
+    {"glm_gemm2_turns_n256", "gemm2_turns.cu", Family::gemm2_ring, Grid::persistent, 512, 1, 128, 256, 2, 113664, true, {Map::act_steps_64, Map::w2_steps_256, Map::partial_rows}},
+    {"glm_gemm2_turns_lanes_n256", "gemm2_turns.cu", Family::gemm2_ring, Grid::persistent, 512, 1, 128, 256, 2, 113664, true, {Map::act_steps_64, Map::w2_steps_256, Map::partial_rows}},
     {"glm_gemm2_stationary_t640", "gemm2_stationary.cu", Family::gemm2_stationary, Grid::persistent, 384, 1, 48, 64, 3, 21504, true, {Map::act_steps, Map::w2_steps}, 640},
     {"glm_gemm2_stationary_t512", "gemm2_stationary.cu", Family::gemm2_stationary, Grid::persistent, 384, 1, 48, 64, 4, 21504, true, {Map::act_steps, Map::w2_steps}, 512},
     {"glm_gemm2_stationary_t640_c2", "gemm2_stationary.cu", Family::gemm2_stationary, Grid::persistent, 384, 2, 48, 64, 3, 21504, true, {Map::act_steps, Map::w2_steps}, 640},

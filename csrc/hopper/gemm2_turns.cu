@@ -1,9 +1,9 @@
 // GEMM2 and the top-k sum for many tokens whose two multiplying warpgroups take turns: one multiplies 64 rows of an item while
 // the other scales its own and sends them off. All else, the sums too, is gemm2_phases.cuh's.
 //
-// An item (256 rows of an expert × 256 columns) has one to four turns, as it has rows, and every turn is the other warpgroup's,
+// An item (128 rows of an expert × 256 columns) has one turn or two, as it has rows, and every turn is the other warpgroup's,
 // also from item to item. K goes by stages of 192, which every width is a multiple of: 64 rows of act and 256 of w2, one box
-// each. There are two stages of either. Where a row is one stage, an item's weights come once for all of its turns; where it
+// each. There are two stages of either. Where a row is one stage, an item's weights come once for both of its turns; where it
 // is several, the ring is too short to keep them, and every turn has its own.
 //
 // An item's scales of w2 come with its number, into its slot: a wait for bulk copies empties the multiprocessor's L1, where
@@ -26,7 +26,7 @@
 
 namespace glm_hopper {
 
-constexpr int turn_columns = 256, turn_rows = 256;   // of an item
+constexpr int turn_columns = 256;                   // of an item
 constexpr int turn_stage_k = 192, turn_step_k = 64;  // K of a stage, and of a row of it in shared memory, in bytes
 constexpr int turn_steps = turn_stage_k / turn_step_k;
 constexpr int turn_stages = 2;
@@ -67,7 +67,7 @@ struct Turns {
             barrier_init(at.rows_full + 8 * slot, 1);
             barrier_init(at.rows_empty + 8 * slot, turn_warps / 2);
             barrier_init(at.w2_full + 8 * slot, 1);
-            barrier_init(at.w2_empty + 8 * slot, turn_warps);  // two of each warp that multiplies where a turn has its own
+            barrier_init(at.w2_empty + 8 * slot, turn_warps);  // two of each warp where the item has one turn
             barrier_init(at.multiplied + 8 * slot, turn_warps / 2);
         }
     }
@@ -85,7 +85,7 @@ struct Turns {
                          int expert, int first_row, int size) {
         const Barriers at = barriers_at(barriers);
         const int stages = width / turn_stage_k;
-        const bool last = size < turn_rows;  // tile of its expert (in its band), unless that one's rows fill tiles
+        const bool last = size < gemm2_rows;  // tile of its expert (in its band), unless that one's rows fill tiles
 #pragma unroll 1
         for (int row = 0; row < size; row += mma_rows) {
 #pragma unroll 1
@@ -129,19 +129,14 @@ struct Turns {
         u32 turn = own ^ 1;         // parity that says of the turn before, if any, that it is multiplied
         while (true) {
             barrier_wait(items.full + 8 * item_position.slot, item_position.parity);
-            if (load_shared_int(items.number + 4 * item_position.slot) == no_more) break;
-            // Looked up again wherever it is asked for: over the products every register counts.
-            auto all_rows = [&] { return load_shared_int(items.size + 4 * item_position.slot); };
-            auto turns = [&] { return static_cast<u32>(divide_up(all_rows(), mma_rows)); };
-            const bool shared = stages == 1;  // weights by all turns of an item
-            // Also who has no turn waits until they have come: to be done with them before would count for those before them.
-            if (shared && (own ^ first) >= turns()) {
-                barrier_wait(at.w2_full + 8 * turn_slot(weights), turn_parity(weights));
-                warp_sync();  // a lane left behind could miss its phase altogether
-                if (lane == 0) barrier_arrive(at.w2_empty + 8 * turn_slot(weights));
-            }
-            for (u32 mine = own ^ first; mine < turns(); mine += 2) {
-                const int rows_before = mine * mma_rows, size = all_rows() - rows_before;
+            const int number = load_shared_int(items.number + 4 * item_position.slot);
+            if (number == no_more) break;
+            const int all_rows = load_shared_int(items.size + 4 * item_position.slot);
+            const u32 turns = all_rows > mma_rows ? 2 : 1, mine = own ^ first;  // mine: 0 or 1, if there are so many
+            const bool shared = stages == 1 && turns == 2;
+            if (mine < turns) {
+                const Gemm2Item item = gemm2_item(number, tiles, p.slice, turn_columns);
+                const int rows_before = mine * mma_rows, size = all_rows - rows_before;
                 const int first_row = load_shared_int(items.row + 4 * item_position.slot) + rows_before;
                 // What is read from memory goes out before the multiplication, and what hangs on that before its end.
                 int pair[2];
@@ -166,7 +161,7 @@ struct Turns {
                 auto release = [&](u32 row_slot, u32 w2_slot) {
                     if (lane != 0) return;
                     barrier_arrive(at.rows_empty + 8 * row_slot);
-                    if (!shared || mine + 2 >= turns()) barrier_arrive(at.w2_empty + 8 * w2_slot);
+                    barrier_arrive(at.w2_empty + 8 * w2_slot);
                     if (!shared) barrier_arrive(at.w2_empty + 8 * w2_slot);
                 };
                 for (u32 stage = 0; stage < stages; ++stage, ++row_stage, ++w2_stage) {
@@ -205,8 +200,6 @@ struct Turns {
                 release(turn_slot(row_stage - 1), turn_slot(w2_stage - 1));
                 const float row_scale[2] = {act_scale[0] * weight[0], act_scale[1] * weight[1]};
                 if (with_output && static_cast<int>(warp_row) < size) {
-                    const int number = load_shared_int(items.number + 4 * item_position.slot);
-                    const Gemm2Item item = gemm2_item(number, tiles, p.slice, turn_columns);
                     const int phase = load_shared_int(items.phase + 4 * item_position.slot);
                     const int first_pair = (phase - item.slice * bands) * band_pairs;
                     u16* slot = p.partial + (phase % p.slots) * slot_elements + (item.column - item.slice * p.slice);
@@ -270,12 +263,11 @@ struct Turns {
                     if (BY_ENGINE) copies_out_done();
                 }
             }
-            const u32 turned = turns();
-            first ^= turned & 1;
-            rows += turned * stages;
-            weights += shared ? 1 : turned * stages;
             warp_sync();  // every lane has stored
             if (lane == 0) barrier_arrive(items.stored + 8 * item_position.slot);
+            first ^= turns & 1;
+            rows += turns * stages;
+            weights += shared ? 1 : turns * stages;
             item_position.advance();
         }
     }

@@ -73,12 +73,10 @@ _CASES = [
     ("glm_gemm2_ring_n128", {"tokens": 100, "hidden": 512, "top_k": 8, "band": 64, "resident": 1}),
     ("glm_gemm2_ring_n256", {"tokens": 150, "hidden": 512, "slots": 3, "top_k": 8, "band": 32, "silent": 0b1010, "grid": 4}),
     ("glm_gemm2_ring_n256", {"tokens": 97, "hidden": 512, "top_k": 8, "band": 32, "silent": 0b0111, "grid": 2}),
-    # Warpgroups by turns: one block at a time and four slices; one expert, whose turns share their weights, four and one of
-    # them; two experts with four and three; items of one turn; one token; K of two, four and eight stages, of two turns and of
-    # one; no valid pair; by bands.
+    # Warpgroups by turns: one block at a time and four slices; one expert, whose turns share their weights, an odd number of
+    # them; items of one turn; one token; K of two, four and eight stages, of two turns and of one; no valid pair; by bands.
     ("glm_gemm2_turns_n256", {"tokens": 65, "hidden": 1024, "slots": 2, "top_k": 8, "resident": 1}),
     ("glm_gemm2_turns_n256", {"tokens": 40, "hidden": 1024, "top_k": 8, "experts": 1, "invalid": 0, "grid": 2}),
-    ("glm_gemm2_turns_lanes_n256", {"tokens": 97, "hidden": 1024, "top_k": 8, "experts": 2, "invalid": 0, "grid": 2}),
     ("glm_gemm2_turns_n256", {"tokens": 70, "hidden": 1024, "slice": 512, "top_k": 8, "experts": 9, "grid": 2}),
     ("glm_gemm2_turns_n256", {"tokens": 1, "top_k": 8, "experts": 9, "grid": 4}),
     ("glm_gemm2_turns_n256", {"tokens": 60, "width": 384, "hidden": 512, "top_k": 8, "skew": 1, "grid": 2}),

@@ -365,15 +365,10 @@ _FAULTS = [
             ("a row past the tile's end sent", "lane < turn_warp_rows && sent_row < size", "lane < turn_warp_rows"),
             (
                 "weights of two turns freed by the first",
-                "if (!shared || mine + 2 >= turns()) barrier_arrive(at.w2_empty",
+                "if (!shared) barrier_arrive(at.w2_empty",
                 "barrier_arrive(at.w2_empty",
             ),
-            ("weights of one turn never freed", "if (shared && (own ^ first) >= turns()) {", "if (0) {"),
-            (
-                "weights freed before they come by who has no turn",
-                "                barrier_wait(at.w2_full + 8 * turn_slot(weights), turn_parity(weights));\n",
-                "",
-            ),
+            ("weights of one turn never freed", "if (!shared) barrier_arrive(at.w2_empty", "if (0) barrier_arrive(at.w2_empty"),
             ("weights copied over those that are read", "barrier_wait(at.w2_empty", "if (0) barrier_wait(at.w2_empty"),
             ("weights multiplied before they come", "barrier_wait(at.w2_full", "if (0) barrier_wait(at.w2_full"),
             ("rows copied over those that are read", "barrier_wait(at.rows_empty", "if (0) barrier_wait(at.rows_empty"),
@@ -388,12 +383,12 @@ _FAULTS = [
                 "if (0) barrier_wait(at.multiplied",
             ),
             ("the rows of the first turn for both", "0, first_row + row, stage", "0, first_row, stage"),
-            ("two turns' weights counted as one's", "weights += shared ? 1 : turned * stages", "weights += turned * stages"),
-            ("both turns of an item by both", "u32 mine = own ^ first;", "u32 mine = 0;"),
+            ("two turns' weights counted as one's", "weights += shared ? 1 : turns * stages", "weights += turns * stages"),
+            ("both turns of an item by both", "mine = own ^ first;", "mine = 0;"),
             (
                 "an item never told by who had no turn",
                 "            if (lane == 0) barrier_arrive(items.stored",
-                "            if (lane == 0 && (turned > 1 || own != first)) barrier_arrive(items.stored",
+                "            if (lane == 0 && mine < turns) barrier_arrive(items.stored",
             ),
             (
                 "the scales of the item before",
