@@ -203,7 +203,7 @@ def plain_cases() -> list[Case]:
             3,
             False,
         ),
-        Case("quantise rows", "triton.quantise:quantise_rows_kernel", {"WIDTH": 192, "BLOCK": 256}, 1, 3, False),
+        Case("quantise rows", "triton.quantise:quantise_rows_kernel", {"WIDTH": 192, "BLOCK": 256, "ROWS": 16}, 4, 3, False),
         Case(
             "prologue small",
             "routing:prologue_small_kernel",

@@ -37,6 +37,9 @@ class Tensors:
 Launch = Callable[..., Any]
 
 
+QUANTISED_AT_ONCE = 4096  # values of activations that one program requantises, padding included
+
+
 def launch_now(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """Start a kernel on the current stream."""
     kernel[grid](*arguments, **options)
@@ -337,16 +340,18 @@ class Pass:
     def requantise(self) -> None:
         p = self.problem
         block = power_of_two(p.intermediate_size)
+        rows = max(1, QUANTISED_AT_ONCE // block)
         self.launch(
             quantise_rows_kernel,
-            (p.pairs,),
+            (-(-p.pairs // rows),),
             self.act,
             self.act_quantised,
             self.act_scales,
             self.counts,
             WIDTH=p.intermediate_size,
             BLOCK=block,
-            num_warps=1 if block <= 512 else 4,
+            ROWS=rows,
+            num_warps=4,
         )
 
     def gemm2(self) -> None:

@@ -33,10 +33,22 @@ def quantise_row(source, target, scales, row, WIDTH: tl.constexpr, LOW: tl.const
 
 
 @triton.jit
-def quantise_rows_kernel(source, target, scales, limit, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """One program a row. Rows from `limit[0]` (int32 on the device) on are left alone: they hold nothing."""
-    row = tl.program_id(0)
+def quantise_rows_kernel(
+    source, target, scales, limit, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr
+):
+    """ROWS rows a program, BLOCK ≥ WIDTH columns. Rows from `limit[0]` (int32 on the device) on are left alone.
+
+    A program a row would take as long to start as to work: 80 µs for 65536 rows of 384 columns, whose bytes take 18 (H200).
+    """
+    first = tl.program_id(0) * ROWS
     end = tl.load(limit)  # routing's, two launches ago
     begin(PDL)
-    if row < end:
-        quantise_row(source, target, scales, row, WIDTH, BLOCK, 0)
+    if first < end:
+        row = first + tl.arange(0, ROWS)
+        column = tl.arange(0, BLOCK)
+        inside = (row < end)[:, None] & (column < WIDTH)[None, :]
+        place = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+        values = tl.load(source + place, mask=inside, other=0.0).to(tl.float32)
+        scale = quantisation_scale(tl.max(tl.abs(values), axis=1))
+        tl.store(target + place, to_fp8(values, scale[:, None]), mask=inside)
+        tl.store(scales + row, scale, mask=row < end)
