@@ -245,7 +245,7 @@ def gemms_timed(shape: str, tokens: int) -> list[Case]:
     return cases
 
 
-def named(shape: str, tokens: int, gemm1: str, gemm2: str, prologue: str) -> list[Case]:
+def named(shape: str, tokens: int, gemm1: str, gemm2: str, prologue: str, programmatic: bool) -> list[Case]:
     """One GEMM1 before each of a list of GEMM2, `name:slicexslots` or `name:slicexslots@band`."""
     cases = []
     for word in gemm2.split(","):
@@ -257,8 +257,9 @@ def named(shape: str, tokens: int, gemm1: str, gemm2: str, prologue: str) -> lis
                 f"--gemm2 has {word!r}; name each as ring_n256:256x3, with @2048 behind it for bands of 2048 tokens"
             )
         first = gemm1 if gemm1 == "triton" else f"glm_gemm1_{gemm1}"
+        second = f"glm_gemm2_{name}"
         cases.append(
-            Case(shape, tokens, first, f"glm_gemm2_{name}", int(slice_), int(slots), band=int(band or 0), prologue=prologue)
+            Case(shape, tokens, first, second, int(slice_), int(slots), programmatic, band=int(band or 0), prologue=prologue)
         )
     return cases
 
@@ -538,6 +539,7 @@ def main() -> int:
     parser.add_argument("--gemm2", help="time these and nothing else: name:slicexslots[@band],…")
     parser.add_argument("--gemm1", default="row_split", help="with --gemm2: what goes before each")
     parser.add_argument("--prologue", default="native", help="with --gemm2: triton or native")
+    parser.add_argument("--alone", action="store_true", help="with --gemm2: no dependent launches")
     parser.add_argument("--shapes", default="TP8")
     parser.add_argument("--tokens", default="8192,1024,64,8,1")
     parser.add_argument("--seconds", type=float, default=420.0)
@@ -560,7 +562,7 @@ def main() -> int:
         for shape in options.shapes.split(","):
             for tokens in counts:
                 if options.gemm2:
-                    cases += named(shape, tokens, options.gemm1, options.gemm2, options.prologue)
+                    cases += named(shape, tokens, options.gemm1, options.gemm2, options.prologue, not options.alone)
                 else:
                     cases += timed(shape, tokens)
     cases = [case for case in cases if options.only in case.text]
