@@ -1,7 +1,7 @@
 """The native Hopper kernels on a card: each step against float64 with a picture of any fault, then times beside Triton's.
 
     python benchmarks/hopper.py --build --check --out $OUT                  # every kernel, small shapes first
-    python benchmarks/hopper.py --build --define GLM_WAIT_LIMIT=400000000LL --check --only row_c2 --out $OUT   # who hangs?
+    python benchmarks/hopper.py --build --define GLM_WAIT_LIMIT=400000000LL --check --only row_c1 --out $OUT   # who hangs?
     python benchmarks/hopper.py --out $OUT [--shapes TP8] [--tokens 8192,64] [--seconds 420]
     python benchmarks/hopper.py --out $OUT --tokens 8192,2048 --only "n256 slice 256×2 spread"    # every GEMM1 once
     python benchmarks/hopper.py --build --define GLM_WITHOUT_PRODUCTS --out $OUT …                # GEMMs without a part of them
@@ -87,7 +87,7 @@ def checks() -> list[Case]:
         Case("TP8", 700, "triton", second[0], experts=16, routing="bad"),
         Case("TP4", 333, "triton", second[1], experts=16),
     ]
-    variants = ("c1", "c2", "k64_c1", "split", "split_l2")
+    variants = ("c1", "split", "split_l2")
     for first in (*(f"{kind}_{variant}" for variant in variants for kind in ("row", "columns")), "exact_c1"):
         for gemm2 in second:
             cases += [
@@ -107,22 +107,9 @@ def checks() -> list[Case]:
         Case("TP8", 300, quarter, second[0], programmatic=False),
         Case("TP8", 1024, quarter, second[1], prologue="native"),
         Case("TP8", 1024, quarter, "glm_gemm2_ring_n128", routing="bad", prologue="native"),
-        Case("TP8", 1024, quarter, "glm_gemm2_turns_n256", prologue="native"),
-        Case("TP8", 8191, quarter, "glm_gemm2_stationary_t640", routing="skewed"),
+        Case("TP8", 1024, quarter, "glm_gemm2_turns_lanes_n256", prologue="native"),
     ]
-    third = [f"glm_gemm2_stationary_{name}" for name in ("t640", "t512", "t640_c2", "t512_c2")]
-    for gemm2 in third:
-        cases += [
-            Case("TP8", 16, "glm_gemm1_row_c1", gemm2, experts=1, routing="collapsed"),
-            Case("TP8", 1500, "glm_gemm1_row_c1", gemm2, experts=16, routing="bad"),
-            Case("TP4", 700, "glm_gemm1_columns_c1", gemm2, experts=16),
-            Case("EP8", 1300, "glm_gemm1_columns_c1", gemm2),
-            Case("TP2", 700, "triton", gemm2, experts=16),
-            Case("TP1", 650, "triton", gemm2, experts=16, routing="skewed"),
-            Case("TP8", 8191, "triton", gemm2),
-            Case("TP8", 8192, "glm_gemm1_row_c1", gemm2, routing="skewed"),
-        ]
-    for gemm2 in (f"glm_gemm2_{name}" for name in ("ring_n128", "ring_n256", "turns_n256", "turns_lanes_n256")):
+    for gemm2 in (f"glm_gemm2_{name}" for name in ("ring_n128", "ring_n256", "turns_lanes_n256")):
         cases += [
             Case("TP8", 16, "glm_gemm1_row_c1", gemm2, experts=8, routing="collapsed"),
             Case("TP8", 700, "glm_gemm1_row_c1", gemm2, experts=16, routing="bad"),
@@ -138,13 +125,12 @@ def checks() -> list[Case]:
     for gemm2 in second:
         cases += [
             Case("TP4", 333, "glm_gemm1_columns_c1", gemm2, 512, 2, experts=16),
-            Case("EP8", 500, "glm_gemm1_columns_c2", gemm2, 256, 3),
+            Case("EP8", 500, "glm_gemm1_columns_c1", gemm2, 256, 3),
             Case("TP8", 8191, "glm_gemm1_row_c1", gemm2, 256, 2),
-            Case("TP8", 8191, "glm_gemm1_row_k64_c1", gemm2, 256, 2),
             Case("TP8", 8191, "glm_gemm1_row_split", gemm2, 256, 2),
             Case("TP8", 8192, "glm_gemm1_row_split_l2", gemm2, 256, 2, routing="skewed"),
             Case("TP4", 2048, "glm_gemm1_columns_split", gemm2, 256, 2, routing="skewed"),
-            Case("TP8", 8192, "glm_gemm1_row_c2", gemm2, 512, 3, routing="skewed"),
+            Case("TP8", 8192, "glm_gemm1_row_c1", gemm2, 512, 3, routing="skewed"),
         ]
     cases += [
         Case("TP8", 8192, "glm_gemm1_row_c1", "glm_gemm2_sum_n256", 256, 3, band=2048),
@@ -220,7 +206,7 @@ def gemms_timed(shape: str, tokens: int) -> list[Case]:
             cases += [Case(shape, tokens, "triton", pair[1])]
     if density >= 16:
         kind = "row" if width == 192 else "columns"
-        variants = [f"glm_gemm1_{kind}_{variant}" for variant in ("c1", "c2", "k64_c1", "split", "split_l2")]
+        variants = [f"glm_gemm1_{kind}_{variant}" for variant in ("c1", "split", "split_l2")]
         first = [*variants, "glm_gemm1_exact_c1", "triton"]
         second = [sliced for sliced in candidates.SLICES if sliced != ("sum_n256", 256, 2)]
         if tokens >= 1024:
@@ -237,11 +223,6 @@ def gemms_timed(shape: str, tokens: int) -> list[Case]:
             if band < tokens
         ]
         cases += [Case(shape, tokens, "triton", "glm_gemm2_sum_n256", 256, 3, band=2048)]
-    if tokens >= 1024:
-        cases += [
-            Case(shape, tokens, first[0], f"glm_gemm2_stationary_{name}") for name in ("t640", "t512", "t640_c2", "t512_c2")
-        ]
-        cases += [Case(shape, tokens, "triton", "glm_gemm2_stationary_t640", programmatic=early) for early in (True, False)]
     return cases
 
 
@@ -401,7 +382,7 @@ class Worker:
             found["against Triton"] = relative_error(one.out, other.out.double())
         sliced = f"{case.gemm2} {case.slice} {case.slots} {case.band}"
         # The prologue lists tiles by bands.
-        banded = f"band {case.band}" if case.band else case.gemm2 if "_stationary_" in case.gemm2 else ""
+        banded = f"band {case.band}" if case.band else ""
         kernels = {"prologue": f"{banded} {case.prologue}", "gemm1": case.gemm1, "gemm2": sliced}
         for who, passes in (("native", [p for p, _, _ in native]), ("triton", [p for p, _, _ in triton])):
             for index, (name, _) in enumerate(passes[0].steps()):

@@ -22,15 +22,12 @@ struct alignas(64) TensorMap {
 enum class Map : int {
     none = 0,
     w13_rows,         // dims {K, 2N, E}       strides {K, expert}          box {128, 96, 1}
-    w13_half_steps,   // the same, and              box {64, 192, 1}
     w13_quarters,     // dims {K, N, 2, E}     strides {K, N·K, expert} box {128, 48, 2, 1}
     w13_interleaved,  // dims {K, 8, 2, N/8, E} strides {K, N·K, 8·K, expert} box {128, 8, 2, 4, 1}
     act_rows,         // dims {N, P}           strides {N}                  box {128, 128}
     w2_rows,          // dims {N, K, E}        strides {N, expert}          box {128, 128, 1}
-    act_steps,        // dims {64, P, N/64}    strides {N, 64}              box {64, 8, 3}
-    w2_steps,         // dims {64, K, N/64, E} strides {N, 64, expert}      box {64, 64, 3, 1}
-    act_steps_64,     // as act_steps, and              box {64, 64, 3}
-    w2_steps_256,     // as w2_steps, and               box {64, 256, 3, 1}
+    act_steps_64,     // dims {64, P, N/64}    strides {N, 64}              box {64, 64, 3}
+    w2_steps_256,     // dims {64, K, N/64, E} strides {N, 64, expert}      box {64, 256, 3, 1}
     partial_rows,     // dims {slice, slots · pairs of a band} strides {2 · slice} box {256, 32}
 };
 
@@ -43,13 +40,10 @@ struct MapShape {
 
 constexpr MapShape map_shapes[] = {
     {Map::w13_rows, 3, {128, 96, 1, 0, 0}},
-    {Map::w13_half_steps, 3, {64, 192, 1, 0, 0}},
     {Map::w13_quarters, 4, {128, 48, 2, 1, 0}},
     {Map::w13_interleaved, 5, {128, 8, 2, 4, 1}},
     {Map::act_rows, 2, {128, 128, 0, 0, 0}},
     {Map::w2_rows, 3, {128, 128, 1, 0, 0}},
-    {Map::act_steps, 3, {64, 8, 3, 0, 0}},
-    {Map::w2_steps, 4, {64, 64, 3, 1, 0}},
     {Map::act_steps_64, 3, {64, 64, 3, 0, 0}},
     {Map::w2_steps_256, 4, {64, 256, 3, 1, 0}},
     {Map::partial_rows, 2, {256, 32, 0, 0, 0}, 2},
@@ -61,7 +55,7 @@ constexpr MapShape map_shapes[] = {
 // the second (tiles + 3 · max_tiles), built with BLOCK_M = the kernel's tile_rows. `counts` is routing.py's array.
 //
 // Family::gemm1 (all of glm_gemm1_row_*, glm_gemm1_columns_*; glm_gemm1_exact_c1 is columns with every K step summed in fp32):
-//     TensorMap w13_rows (w13_half_steps for k64, w13_quarters for quarter), const u8* tokens [M, K] FP8, const float* token_scales [M],
+//     TensorMap w13_rows (w13_quarters for quarter), const u8* tokens [M, K] FP8, const float* token_scales [M],
 //     const float* w13_scales [E, 2N], void* act [P, N] (FP8 for row, bf16 for columns), float* act_scales [P] (row only;
 //     columns ignores it, pass null), const int* rows [P], const int* tiles, const int* counts, int max_tiles,
 //     int hidden_size, int intermediate_size, int top_k
@@ -82,11 +76,6 @@ constexpr MapShape map_shapes[] = {
 //     const int* tiles, const int* counts, int* counters, const int* band_tiles, int tokens, int max_tiles, int hidden_size,
 //     int intermediate_size, int experts, int top_k, int slice, int slots, int band
 //     all: as of gemm2, but w2_scales of turns aligned to 16.
-// Family::gemm2_stationary (glm_gemm2_stationary_*): GEMM2 and the top-k sum in one launch, the sums in shared memory.
-//     TensorMap act_steps, TensorMap w2_steps, const float* act_scales [P], const float* w2_scales [E, K],
-//     const float* topk_weights [P], bf16* out [M, K], const int* rows [P], const int* tiles, const int* counts,
-//     const int* band_tiles, int tokens, int max_tiles, int hidden_size, int intermediate_size, int top_k
-//     bands: of the kernel's `band` tokens; tiles and band_tiles as of gemm2. A token may have several rows of one expert.
 // Family::gemm1_decode (glm_gemm1_decode_*):
 //     TensorMap w13_interleaved, const u8* tokens [M, K] FP8, const float* token_scales [M], const float* w13_scales,
 //     bf16* act [P, N], const int* rows, const int* tiles, const int* counts, int max_tiles, int hidden_size,
@@ -105,13 +94,12 @@ constexpr MapShape map_shapes[] = {
 //     topk_ids: int64 where wide_ids is not 0, else int32. expert_map: null where every expert is here.
 //     histogram: [ceil(P / routing_chunk) + 1, prologue_bins(experts)], written where there are more pairs than one chunk.
 //     band: 0, or no less than the tokens, or band · top_k is a multiple of routing_chunk.
-enum class Family : int { gemm1 = 0, gemm2, gemm1_decode, gemm2_decode, sum, gemm2_stationary, prologue, gemm2_ring };
+enum class Family : int { gemm1 = 0, gemm2, gemm1_decode, gemm2_decode, sum, prologue, gemm2_ring };
 
 // Sizes any kernel can serve; `supports()` on the host is this and compute capability 9.0.
 //   hidden_size % 256 == 0; intermediate_size % 192 == 0; intermediate_size == 192 for glm_gemm1_row_*;
 //   intermediate_size ≤ 1536 for glm_gemm2_decode_*; slice % tile_columns == 0, hidden_size % slice == 0, slots ≥ 1,
-//   and slots ≥ 2 where hidden_size > slice or there are several bands; band % 32 == 0 then. glm_gemm2_stationary_* has neither
-//   slice nor slots; band is its own where there are more tokens than that, else 0 or as many as there are or more.
+//   and slots ≥ 2 where hidden_size > slice or there are several bands; band % 32 == 0 then.
 //   top_k == ring_choices and slice % ring_columns == 0 for Family::gemm2_ring, besides what is asked of every GEMM2 by slices.
 //   experts ≤ prologue_experts for glm_prologue_*.
 constexpr int prologue_experts = 511;
@@ -140,17 +128,12 @@ struct Kernel {
     int stage_bytes;
     bool programmatic;  // may be launched with PROGRAMMATIC_STREAM_SERIALIZATION (it calls griddepcontrol)
     Map maps[3];
-    int band = 0;  // tokens of a band, where the kernel and not the caller says it
 };
 
 constexpr Kernel kernels[] = {
     {"glm_gemm1_row_c1", "gemm1_prefill.cu", Family::gemm1, Grid::persistent, 384, 1, 128, 192, 3, 65536, true, {Map::w13_rows, Map::none}},
-    {"glm_gemm1_row_c2", "gemm1_prefill.cu", Family::gemm1, Grid::persistent, 384, 2, 256, 192, 3, 65536, true, {Map::w13_rows, Map::none}},
     {"glm_gemm1_columns_c1", "gemm1_prefill.cu", Family::gemm1, Grid::persistent, 384, 1, 128, 192, 3, 65536, true, {Map::w13_rows, Map::none}},
-    {"glm_gemm1_columns_c2", "gemm1_prefill.cu", Family::gemm1, Grid::persistent, 384, 2, 256, 192, 3, 65536, true, {Map::w13_rows, Map::none}},
     {"glm_gemm1_exact_c1", "gemm1_prefill.cu", Family::gemm1, Grid::persistent, 384, 1, 128, 96, 5, 40960, true, {Map::w13_rows, Map::none}},
-    {"glm_gemm1_row_k64_c1", "gemm1_prefill.cu", Family::gemm1, Grid::persistent, 384, 1, 128, 192, 6, 32768, true, {Map::w13_half_steps, Map::none}},
-    {"glm_gemm1_columns_k64_c1", "gemm1_prefill.cu", Family::gemm1, Grid::persistent, 384, 1, 128, 192, 6, 32768, true, {Map::w13_half_steps, Map::none}},
     // 13 × 16 KB: four slots of token rows, and of either half of the weights three of 24 KB.
     {"glm_gemm1_row_split", "gemm1_split.cu", Family::gemm1, Grid::persistent, 384, 1, 128, 192, 13, 16384, true, {Map::w13_rows, Map::none}},
     {"glm_gemm1_columns_split", "gemm1_split.cu", Family::gemm1, Grid::persistent, 384, 1, 128, 192, 13, 16384, true, {Map::w13_rows, Map::none}},
@@ -164,12 +147,7 @@ constexpr Kernel kernels[] = {
     {"glm_gemm2_ring_n128", "gemm2_prefill.cu", Family::gemm2_ring, Grid::persistent, 512, 1, 128, 128, 14, 16384, true, {Map::act_rows, Map::w2_rows, Map::partial_rows}},
     {"glm_gemm2_ring_n256", "gemm2_prefill.cu", Family::gemm2_ring, Grid::persistent, 512, 1, 128, 256, 14, 16384, true, {Map::act_rows, Map::w2_rows, Map::partial_rows}},
     // Two stages: 64 rows and 256 columns × 192 of K, two chunks, half of the staging area, and scales of two items.
-    {"glm_gemm2_turns_n256", "gemm2_turns.cu", Family::gemm2_ring, Grid::persistent, 512, 1, 128, 256, 2, 113664, true, {Map::act_steps_64, Map::w2_steps_256, Map::partial_rows}},
     {"glm_gemm2_turns_lanes_n256", "gemm2_turns.cu", Family::gemm2_ring, Grid::persistent, 512, 1, 128, 256, 2, 113664, true, {Map::act_steps_64, Map::w2_steps_256, Map::partial_rows}},
-    {"glm_gemm2_stationary_t640", "gemm2_stationary.cu", Family::gemm2_stationary, Grid::persistent, 384, 1, 48, 64, 3, 21504, true, {Map::act_steps, Map::w2_steps}, 640},
-    {"glm_gemm2_stationary_t512", "gemm2_stationary.cu", Family::gemm2_stationary, Grid::persistent, 384, 1, 48, 64, 4, 21504, true, {Map::act_steps, Map::w2_steps}, 512},
-    {"glm_gemm2_stationary_t640_c2", "gemm2_stationary.cu", Family::gemm2_stationary, Grid::persistent, 384, 2, 48, 64, 3, 21504, true, {Map::act_steps, Map::w2_steps}, 640},
-    {"glm_gemm2_stationary_t512_c2", "gemm2_stationary.cu", Family::gemm2_stationary, Grid::persistent, 384, 2, 48, 64, 4, 21504, true, {Map::act_steps, Map::w2_steps}, 512},
     {"glm_gemm1_decode_t8", "gemm1_decode.cu", Family::gemm1_decode, Grid::persistent, 256, 1, 8, 32, 20, 9216, true, {Map::w13_interleaved, Map::none}},
     {"glm_gemm1_decode_t16", "gemm1_decode.cu", Family::gemm1_decode, Grid::persistent, 256, 1, 16, 32, 18, 10240, true, {Map::w13_interleaved, Map::none}},
     {"glm_gemm1_decode_t32", "gemm1_decode.cu", Family::gemm1_decode, Grid::persistent, 256, 1, 32, 64, 9, 20480, true, {Map::w13_interleaved, Map::none}},
@@ -186,7 +164,6 @@ constexpr Kernel kernels[] = {
 // Barriers, scales and item numbers lie in this many bytes behind the stages; the first stage is aligned to 1024 by hand.
 constexpr int shared_extra = 4096;
 constexpr int ring_extra = 2048;        // the same of Family::gemm2_ring, alignment to 1024 included
-constexpr int stationary_extra = 3072;  // the same of glm_gemm2_stationary_*, tables and alignment to 512 included
 
 #ifdef __CUDACC__
 #define GLM_BOTH_SIDES __host__ __device__ constexpr
@@ -219,9 +196,6 @@ constexpr unsigned prologue_blocks(int cluster, int tokens) {
 // Dynamic shared memory of a launch.
 constexpr int shared_bytes(const Kernel& kernel, int intermediate_size) {
     if (kernel.family == Family::sum) return 0;
-    if (kernel.family == Family::gemm2_stationary) {  // the sums are fp32
-        return kernel.stages * kernel.stage_bytes + kernel.band * kernel.tile_columns * 4 + stationary_extra;
-    }
     if (kernel.family == Family::prologue) return kernel.stage_bytes;
     if (kernel.family == Family::gemm2_ring) return kernel.stages * kernel.stage_bytes + ring_extra;
     int bytes = kernel.stages * kernel.stage_bytes + shared_extra + 1024;

@@ -30,7 +30,7 @@ constexpr bool with_rows = false;  // of act: not copied
 constexpr bool with_rows = true;
 #endif
 #ifdef GLM_WITHOUT_SUMS
-constexpr bool with_sums = false;  // in shared memory: neither read nor written by tiles; of partials: neither read nor stored
+constexpr bool with_sums = false;  // of partials: neither read nor stored
 #else
 constexpr bool with_sums = true;
 #endif

@@ -95,9 +95,6 @@ struct Ring {
     u32 parity = 0;
 
     GLM_HD void advance() { next_slot(slot, parity, STAGES); }
-    GLM_HD void skip(int count) {
-        for (int i = 0; i < count; ++i) advance();
-    }
     GLM_HD int previous() const { return slot == 0 ? STAGES - 1 : slot - 1; }
 };
 

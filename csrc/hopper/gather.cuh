@@ -29,21 +29,15 @@ GLM_DEVICE void copies_arrive(u32 barrier) {
 namespace glm_hopper {
 
 // One warpgroup of 128 threads fills a tile of rows × 128 bytes: 8 neighbouring threads take the 8 chunks of a row, so a
-// row is one 128-byte line; a thread's rows are 16 apart, and so all its chunks have the same place in their rows. Of rows of 64
-// bytes 4 threads take one each, 32 rows apart.
+// row is one 128-byte line; a thread's rows are 16 apart, and so all its chunks have the same place in their rows.
 constexpr int gather_threads = 128;
-template <int ROW_BYTES>
-constexpr int gather_rows_of = gather_threads / (ROW_BYTES / chunk_bytes);  // rows filled by one round of the warpgroup
-constexpr int gather_rows = gather_rows_of<128>;
+constexpr int gather_rows = gather_threads / (128 / chunk_bytes);  // rows filled by one round of the warpgroup
 
-template <int ROW_BYTES = 128>
-GLM_HD int gather_row(int thread, int round) { return thread / (ROW_BYTES / chunk_bytes) + gather_rows_of<ROW_BYTES> * round; }
-template <int ROW_BYTES = 128>
-GLM_HD int gather_chunk(int thread) { return thread % (ROW_BYTES / chunk_bytes); }
+GLM_HD int gather_row(int thread, int round) { return thread / (128 / chunk_bytes) + gather_rows * round; }
+GLM_HD int gather_chunk(int thread) { return thread % (128 / chunk_bytes); }
 // Byte offset in the tile of round 0's chunk; round i adds i · 2048, which leaves the swizzle as it is.
-template <int ROW_BYTES = 128>
 GLM_HD u32 gather_target(int thread) {
-    return swizzled_address<ROW_BYTES>(0, gather_row<ROW_BYTES>(thread, 0), gather_chunk<ROW_BYTES>(thread) * chunk_bytes);
+    return swizzled_address(0, gather_row(thread, 0), gather_chunk(thread) * chunk_bytes);
 }
 
 }  // namespace glm_hopper

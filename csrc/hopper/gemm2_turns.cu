@@ -6,22 +6,12 @@
 // each. There are two stages of either. Where a row is one stage, an item's weights come once for both of its turns; where it
 // is several, the ring is too short to keep them, and every turn has its own.
 //
-// An item's scales of w2 come with its number, into its slot: a wait for bulk copies empties the multiprocessor's L1, where
-// they would be looked for otherwise.
+// An item's scales of w2 come with its number, into its slot.
 //
 // Partials leave by way of shared memory. A warp scales its 16 rows and writes 128 columns of them into a staging area of its
-// own, as they lie in the accumulators (stmatrix; rows 272 bytes apart, so that 8 of them meet in no bank). The other 128 go
-// the same way once these have been read.
-//     glm_gemm2_turns_n256: by the copy engine; each of 16 lanes, which knows its row's pair, sends 256 bytes.
-//     glm_gemm2_turns_lanes_n256: by stores; 16 lanes write a row, two whole lines. All else is as with glm_gemm2_ring_*.
-//
-// Where the copy engine sends them: staging is written by ordinary stores and read by another proxy. So every lane has a proxy
-// fence after its stores, then the warp meets, then lanes ask for copies. Staging is written again after wait_group.read of
-// those lanes, and the warp's meeting. What a copy has written counts as written by the copy engine until its thread has waited
-// for the group, not just for the reading of its source: the completion makes the writes visible to that thread, and comes with
-// a proxy fence of its own (PTX, «async proxy»). From there on they are like stores of that thread, and the way is
-// gemm2_phases.cuh's: the warp's meeting → item_stored → the herald's release → the reader's acquire → the reader's
-// fence.proxy.async.global → its copies. Back again, as there: what is sent after sums_done is told comes after the reading.
+// own, as they lie in the accumulators (stmatrix; rows 272 bytes apart, so that 8 of them meet in no bank), from where 16 lanes
+// store a row, two whole lines. The other 128 go the same way once these have been read. All else is as with glm_gemm2_ring_*.
+// Sent by the copy engine instead they took longer (docs/kernel-notes.md).
 #include "gemm2_phases.cuh"
 
 namespace glm_hopper {
@@ -35,15 +25,13 @@ constexpr u32 turn_w2_bytes = turn_columns * turn_stage_k;  // one box of Map::w
 constexpr u32 turn_atom = 512;                              // the unit of the 64-byte swizzle: 8 rows
 constexpr int turn_warps = 8, turn_warp_rows = 16;          // warps that multiply, and rows of each
 constexpr int staging_columns = 128;                        // of an instruction and of a row in the staging area
-constexpr int sending_lanes = 2 * staging_columns / 16;      // of a row, where lanes store it
+constexpr int sending_lanes = 2 * staging_columns / 16;      // that store a row
 constexpr u32 staging_pitch = 2 * staging_columns + 16, staging_bytes = turn_warp_rows * staging_pitch;
 
 // Number n of a ring of two lies in slot n % 2. One waits for its full barrier with this parity, for empty with the other.
 GLM_HD u32 turn_slot(u32 number) { return number % turn_stages; }
 GLM_HD u32 turn_parity(u32 number) { return number / turn_stages % 2; }
 
-// BY_ENGINE: partials leave by the copy engine, else by stores.
-template <bool BY_ENGINE>
 struct Turns {
     static constexpr bool there = true;
     // Rows, weights, staging, scales. Weights and staging begin at multiples of 1024 and of 128.
@@ -147,10 +135,9 @@ struct Turns {
                     pair[half] = row < size ? p.rows[first_row + row] : 0;
                     act_scale[half] = row < size ? p.act_scales[first_row + row] : 0.0f;
                 }
-                // The row that this lane sends off, or knows for those that store it.
+                // Of the row that this lane knows for those that store it.
                 const int sent_row = warp_row + lane;
-                const bool sends = lane < turn_warp_rows && sent_row < size;
-                const int sent_pair = sends ? p.rows[first_row + sent_row] : 0;
+                const int sent_pair = lane < turn_warp_rows && sent_row < size ? p.rows[first_row + sent_row] : 0;
                 // A turn of several stages may be a round of the rings ahead of the one before, which a parity cannot tell.
                 // Where a turn is one stage, each warpgroup has a slot of rows to itself; and that these rows have come says
                 // that all before these weights are done with.
@@ -203,7 +190,6 @@ struct Turns {
                     const int phase = load_shared_int(items.phase + 4 * item_position.slot);
                     const int first_pair = (phase - item.slice * bands) * band_pairs;
                     u16* slot = p.partial + (phase % p.slots) * slot_elements + (item.column - item.slice * p.slice);
-                    u16* target = slot + static_cast<i64>(sent_pair - first_pair) * p.slice;
                     const u32 matrix_row = staging + lane % 8 * staging_pitch + lane / 8 * 16;  // see store_matrices
                     // Of 32 columns, while those before them are scaled.
                     const u32 scales = ring + scales_offset + item_position.slot * scales_bytes + 4 * fragment_column(t, 0);
@@ -217,10 +203,7 @@ struct Turns {
                     load_scales(0);
 #pragma unroll
                     for (int part = 0; part < turn_columns / staging_columns; ++part) {
-                        if (part > 0) {
-                            if (BY_ENGINE) copies_out_read();
-                            warp_sync();  // every lane, or its copies, have read
-                        }
+                        if (part > 0) warp_sync();  // every lane has read
 #pragma unroll
                         for (int four = 0; four < staging_columns / 32; ++four) {
                             const int column = part * staging_columns + 32 * four;
@@ -242,25 +225,17 @@ struct Turns {
                                 store_matrices(matrix_row + 8 * half * staging_pitch + 64 * four, packed[half]);
                             }
                         }
-                        if (BY_ENGINE) fence_proxy_async();
                         warp_sync();  // every lane has written
-                        if (BY_ENGINE) {
-                            const u32 row = staging + lane * staging_pitch;
-                            if (sends) copy_out(target + part * staging_columns, row, 2 * staging_columns);
-                            copies_out_commit();
-                        } else {
 #pragma unroll
-                            for (int two = 0; two < turn_warp_rows; two += 32 / sending_lanes) {
-                                const int row = two + lane / sending_lanes, vector = lane % sending_lanes;
-                                const i64 place = static_cast<i64>(shuffle(sent_pair, row) - first_pair) * p.slice;
-                                const Vector4 columns = load_shared_16(staging + row * staging_pitch + 16 * vector);
-                                if (static_cast<int>(warp_row) + row < size) {
-                                    store_16(slot + place + part * staging_columns + 8 * vector, columns);
-                                }
+                        for (int two = 0; two < turn_warp_rows; two += 32 / sending_lanes) {
+                            const int row = two + lane / sending_lanes, vector = lane % sending_lanes;
+                            const i64 place = static_cast<i64>(shuffle(sent_pair, row) - first_pair) * p.slice;
+                            const Vector4 columns = load_shared_16(staging + row * staging_pitch + 16 * vector);
+                            if (static_cast<int>(warp_row) + row < size) {
+                                store_16(slot + place + part * staging_columns + 8 * vector, columns);
                             }
                         }
                     }
-                    if (BY_ENGINE) copies_out_done();
                 }
             }
             warp_sync();  // every lane has stored
@@ -277,16 +252,12 @@ struct Turns {
 
 using namespace glm_hopper;
 
-#define GLM_GEMM2_TURNS(name, by_engine)                                                                                       \
-    GLM_KERNEL(512) name(GLM_MAP act, GLM_MAP w2, GLM_MAP partial_rows, const float* act_scales, const float* w2_scales,       \
-                         const float* topk_weights, u16* partial, const int* local_ids, u16* out, const int* rows,             \
-                         const int* tiles, const int* counts, int* counters, const int* band_tiles, int tokens, int max_tiles, \
-                         int hidden_size, int intermediate_size, int experts, int top_k, int slice, int slots, int band) {     \
-        gemm2_sum<256, 0, 4, Turns<by_engine>>(act, w2, partial_rows,                                                          \
-                                               {act_scales, w2_scales, topk_weights, partial, local_ids, out, rows, tiles,     \
-                                                counts, counters, band_tiles, tokens, max_tiles, hidden_size,                  \
-                                                intermediate_size, experts, top_k, slice, slots, band});                       \
-    }
-
-GLM_GEMM2_TURNS(glm_gemm2_turns_n256, true)
-GLM_GEMM2_TURNS(glm_gemm2_turns_lanes_n256, false)
+GLM_KERNEL(512)
+glm_gemm2_turns_lanes_n256(GLM_MAP act, GLM_MAP w2, GLM_MAP partial_rows, const float* act_scales, const float* w2_scales,
+                           const float* topk_weights, u16* partial, const int* local_ids, u16* out, const int* rows,
+                           const int* tiles, const int* counts, int* counters, const int* band_tiles, int tokens, int max_tiles,
+                           int hidden_size, int intermediate_size, int experts, int top_k, int slice, int slots, int band) {
+    gemm2_sum<256, 0, 4, Turns>(act, w2, partial_rows,
+                                {act_scales, w2_scales, topk_weights, partial, local_ids, out, rows, tiles, counts, counters,
+                                 band_tiles, tokens, max_tiles, hidden_size, intermediate_size, experts, top_k, slice, slots, band});
+}

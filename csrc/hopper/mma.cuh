@@ -9,13 +9,11 @@ namespace glm_hopper {
 constexpr int mma_rows = 64;
 constexpr int mma_k = 32;
 
-// Matrix descriptor of an operand whose rows of 128 or 64 bytes start at `address` (a multiple of 1024, plus the 32-byte step
+// Matrix descriptor of an operand whose rows of 128 bytes start at `address` (a multiple of 1024, plus the 32-byte step
 // inside the row): address / 16 in bits 0–13, leading offset (unused under a swizzle) 1 in 16–29, bytes / 16 from one 8 rows
-// to the next in 32–45, layout 1 = 128-byte, 2 = 64-byte swizzle in 62–63.
-template <int ROW_BYTES = 128>
+// to the next in 32–45, layout 1 = 128-byte swizzle in 62–63.
 GLM_HD u64 descriptor(u32 address) {
-    return static_cast<u64>((address & 0x3ffffu) >> 4) | (u64{1} << 16) | (u64{8 * ROW_BYTES >> 4} << 32) |
-           (u64{ROW_BYTES == 128 ? 1 : 2} << 62);
+    return static_cast<u64>((address & 0x3ffffu) >> 4) | (u64{1} << 16) | (u64{atom_bytes >> 4} << 32) | (u64{1} << 62);
 }
 // The same where rows are 64 bytes under the 64-byte swizzle (layout 2): `address` a multiple of 512, plus the step inside the
 // row, and `stride` bytes, a multiple of 512 too, from one 8 rows to the next.

@@ -22,9 +22,6 @@ struct alignas(8) Float2 {
 struct alignas(8) Vector2 {
     u32 word[2];
 };
-struct alignas(16) Float4 {
-    float x, y, z, w;
-};
 
 }  // namespace glm_hopper
 
@@ -135,14 +132,6 @@ GLM_DEVICE Float2 load_shared_2(u32 address) {
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address) : "memory");
     return v;
 }
-GLM_DEVICE Float4 load_shared_floats(u32 address) {
-    Float4 v;
-    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "r"(address)
-                 : "memory");
-    return v;
-}
 GLM_DEVICE void store_shared_int(u32 address, int value) {
     asm volatile("st.shared.s32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
@@ -161,9 +150,6 @@ GLM_DEVICE void store_matrices(u32 address, const u32 (&v)[4]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v[0]), "r"(v[1]),
                  "r"(v[2]), "r"(v[3])
                  : "memory");
-}
-GLM_DEVICE void store_shared_floats(u32 address, Float4 v) {
-    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
 }
 
 // Global memory. `fresh` goes to L2 past L1: data that other SMs wrote during this launch.

@@ -1,5 +1,5 @@
 // The copy engine: a box of a tensor map into shared memory, swizzled, counted in bytes by an mbarrier; out of bounds is zero.
-// And bytes in a row, into it and out of it.
+// And bytes in a row.
 #pragma once
 
 #include "platform.cuh"
@@ -76,18 +76,6 @@ GLM_DEVICE void copy_in(u32 target, const void* source, u32 bytes, u32 barrier) 
                  "l"(source), "r"(bytes), "r"(barrier)
                  : "memory");
 }
-
-// The other way: bytes in a row from shared memory to global memory, 16 at a time. Copies that a thread has asked for since it
-// committed the last group are a group; it alone can wait for them.
-GLM_DEVICE void copy_out(void* target, u32 source, u32 bytes) {
-    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(target), "r"(source), "r"(bytes)
-                 : "memory");
-}
-GLM_DEVICE void copies_out_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// Until all of this thread's groups have read shared memory, which may be written again then.
-GLM_DEVICE void copies_out_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
-// Until all of this thread's groups are done, and what they have written is visible to it.
-GLM_DEVICE void copies_out_done() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 }  // namespace glm_hopper
 #endif

@@ -71,7 +71,7 @@ fenced() { # NAME SITE SERVERS FLAGS SECONDS [OPTIONS]
 checks() {
     export PYTHONPATH=$site26
     # New kernels by themselves, so that a failure of one does not hide the others; `hop` goes through all of them.
-    for only in ${CHECKED:-stationary split k64 prologue}; do
+    for only in ${CHECKED:-split ring turns prologue}; do
         background "hop-$only" "cd $tree; python3 benchmarks/hopper.py --check --out /tmp/o/hop-$only --only $only --seconds 150"
     done
     background hop "cd $tree; python3 benchmarks/hopper.py --check --out /tmp/o/hop --seconds 150"
@@ -84,7 +84,7 @@ checks() {
 }
 await_checks() {
     local names=(hop load check-triton check-hopper tests) only
-    for only in ${CHECKED:-stationary split k64 prologue}; do names+=("hop-$only"); done
+    for only in ${CHECKED:-split ring turns prologue}; do names+=("hop-$only"); done
     await "${SECONDS_FOR_CHECKS:-150}" "${names[@]}"
 }
 case ${1:-} in

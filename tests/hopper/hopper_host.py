@@ -75,7 +75,6 @@ class TableRow:
     stage_bytes: int
     programmatic: bool
     maps: tuple[str, ...]
-    band: int
 
 
 @functools.cache
@@ -85,9 +84,8 @@ def table() -> tuple[TableRow, ...]:
         parts = [part.strip(' {}"') for part in line.strip(" ,").split(",")]
         numbers = [int(part) for part in parts[4:10]]
         maps = tuple(part.split("::")[1] for part in parts[11:] if "::" in part and not part.endswith("::none"))
-        band = int(parts[-1]) if parts[-1].isdigit() else 0
         words = parts[0], parts[1], parts[2].split("::")[1], parts[3].split("::")[1]
-        rows.append(TableRow(*words, *numbers, parts[10] == "true", maps, band))
+        rows.append(TableRow(*words, *numbers, parts[10] == "true", maps))
     return tuple(rows)
 
 

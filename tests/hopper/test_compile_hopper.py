@@ -22,7 +22,6 @@ SOURCES = (
     "gemm2_prefill.cu",
     "gemm1_decode.cu",
     "gemm2_decode.cu",
-    "gemm2_stationary.cu",
     "gemm2_turns.cu",
     "topk_sum.cu",
     "prologue.cu",
@@ -40,14 +39,11 @@ class Entry:
     stages: int
     stage_bytes: int
     tile_rows: int
-    band: int
 
     def shared_bytes(self, intermediate_size: int) -> int:
         """abi.h's shared_bytes(), written again."""
         if self.family == "sum":
             return 0
-        if self.family == "gemm2_stationary":  # and the fp32 sums of a band × 64 columns
-            return self.stages * self.stage_bytes + 3072 + self.band * 64 * 4
         if self.family == "prologue":
             return self.stage_bytes
         if self.family == "gemm2_ring":
@@ -62,12 +58,12 @@ class Entry:
 def entries() -> list[Entry]:
     """abi.h's table of kernels."""
     found = re.findall(
-        r'\{"(\w+)", "([\w.]+)", Family::(\w+), Grid::\w+, (\d+), \d+, (\d+), \d+, (\d+), (\d+), \w+, \{[^}]*\}(?:, (\d+))?\}',
+        r'\{"(\w+)", "([\w.]+)", Family::(\w+), Grid::\w+, (\d+), \d+, (\d+), \d+, (\d+), (\d+), \w+, \{[^}]*\}\}',
         (KERNELS / "abi.h").read_text(),
     )
     return [
-        Entry(name, source, family, int(block), int(stages), int(stage_bytes), int(rows), int(band or 0))
-        for name, source, family, block, rows, stages, stage_bytes, band in found
+        Entry(name, source, family, int(block), int(stages), int(stage_bytes), int(rows))
+        for name, source, family, block, rows, stages, stage_bytes in found
     ]
 
 
@@ -175,7 +171,6 @@ def test_machine_code_has_the_instructions_meant(code: dict[str, str]) -> None:
         assert not re.search(r"\b(STL|LDL)\b", code[source]), f"{source} uses local memory"
     for source in ("gemm1_prefill.cu", "gemm1_split.cu"):
         assert "QGMMA.64x192x32.F32.E4M3.E4M3" in code[source]
-    assert ".MULTICAST" in code["gemm1_prefill.cu"]
     for source in ("gemm1_prefill.cu", "gemm1_split.cu", "gemm1_quarter.cu", "gemm1_decode.cu"):
         assert "LDGSTS.E.BYPASS.128" in code[source], f"{source} gathers in less than 16 bytes"
     for source in ("gemm1_prefill.cu", "gemm1_split.cu", "gemm1_quarter.cu", "gemm2_prefill.cu", "gemm2_turns.cu"):
@@ -192,16 +187,14 @@ def test_machine_code_has_the_instructions_meant(code: dict[str, str]) -> None:
         assert body.count("FENCE.VIEW.ASYNC.G") == 2 * ring, name
         assert "STG.E.EF.128" in body, name
     # By turns: a stage's operands are a box each, of its products one group; partials go into shared memory by the matrix, and
-    # out of it by the copy engine, which is waited for, or 16 bytes a lane.
+    # out of it 16 bytes a lane.
     for name, body in kernels_of(code["gemm2_turns.cu"]).items():
-        by_engine = "_lanes_" not in name
         assert (body.count("UTMALDG.4D"), body.count("UTMALDG.3D")) == (2, 1), name  # weights also as what is read last
         assert body.count("QGMMA.64x128x32.F32.E4M3.E4M3") == 12 and body.count("WARPGROUP.DEPBAR") == 2, name
         assert body.count("STSM.16.M88.4") == 16, name
-        assert body.count("UBLKCP.G.S") == 2 * by_engine, name
-        assert body.count("FENCE.VIEW.ASYNC.S") == 1 + 2 * by_engine, name  # one for the barriers
+        assert body.count("FENCE.VIEW.ASYNC.S") == 1, name  # for the barriers
         assert body.count("FENCE.VIEW.ASYNC.G") == 2, name
-        assert len(re.findall(r"STG\.E\.128 ", body)) == 16 * (not by_engine), name
+        assert len(re.findall(r"STG\.E\.128 ", body)) == 16, name
     # By quarters: a step's weights are one box; its products one group, of 64 rows or of twice as many, waited for once; each
     # of the three places that finish 64 rows sends two largest values to another block; the launch before is waited for.
     quarter = code["gemm1_quarter.cu"]
@@ -210,15 +203,6 @@ def test_machine_code_has_the_instructions_meant(code: dict[str, str]) -> None:
     assert quarter.count("WARPGROUP.DEPBAR") == 2
     assert len(re.findall(r"\bSTAS\b", quarter)) == 3 * 2
     assert quarter.count("ACQBULK") == 1
-    # Sums are added to 16 bytes at a time; of each stage's products one group, which is waited for at the next or at the end.
-    stationary = code["gemm2_stationary.cu"]
-    assert "QGMMA.64x64x32.F32.E4M3.E4M3" in stationary
-    assert "UTMALDG.4D" in stationary and "UTMALDG.3D" in stationary
-    for instruction in ("LDS.128", "STS.128", "STG.E.EF.128"):
-        assert instruction in stationary
-    # Each of the three roles waits for the launch before, in each of the four kernels.
-    assert stationary.count("ACQBULK") >= 3 * 4
-    assert stationary.count("QGMMA") >= 5 * stationary.count("WARPGROUP.DEPBAR")
     # Of the prologue: rows in 16-byte loads, all five before the first is used, and FP8 in 8-byte stores; the other blocks'
     # totals out of the cluster's shared memory.
     assert not re.search(r"\b(STL|LDL)\b", code["prologue.cu"])
@@ -230,6 +214,6 @@ def test_machine_code_has_the_instructions_meant(code: dict[str, str]) -> None:
     # The wgmma of a group are waited for together: one wait a group, and one more at the end where the last runs on till then.
     for source in ("gemm1_prefill.cu", "gemm1_split.cu"):
         for name, body in kernels_of(code[source]).items():
-            products = 4 if "_k64_" in name or "_split" in name else 8
+            products = 4 if "_split" in name else 8
             waits = body.count("WARPGROUP.DEPBAR")
             assert waits >= 1 and body.count("QGMMA") == products * max(waits - 1, 1), name

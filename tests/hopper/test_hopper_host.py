@@ -66,9 +66,6 @@ def native(opened: Native) -> Native:
     return opened
 
 
-OWN_BAND = {row.name: row.band for row in table() if row.band}
-
-
 def layer(**changes: int) -> Layer:
     """A layer of TP8's sizes whose addresses tell which member they are: number of the member × 1 MiB."""
     values = {name: (1 + i) << 20 for i, (name, kind) in enumerate(Layer._fields_) if kind is Layer._fields_[0][1]}
@@ -79,16 +76,14 @@ def layer(**changes: int) -> Layer:
 
 
 def run(native: Native, name: str, mock: Mock, device: int = 0, stream: int = 0x77, **changes: int):
-    if name in OWN_BAND:  # where the kernel has one, no other will do
-        changes = {"band": OWN_BAND[name], **changes}
     native.run(device, stream, layer(**changes), numbers(native.by_name[name]))
     (launch,) = mock.launches()
     return launch
 
 
 def test_the_table_is_the_one_of_abi_h(opened: Native) -> None:
-    ours = [(k.name, k.source, k.family.name.lower(), k.tile_rows, k.tile_columns, k.cluster, k.band) for k in opened.kernels]
-    assert ours == [(r.name, r.source, r.family, r.tile_rows, r.tile_columns, r.cluster, r.band) for r in table()]
+    ours = [(k.name, k.source, k.family.name.lower(), k.tile_rows, k.tile_columns, k.cluster) for k in opened.kernels]
+    assert ours == [(r.name, r.source, r.family, r.tile_rows, r.tile_columns, r.cluster) for r in table()]
     assert len(ours) >= 15
 
 
@@ -118,8 +113,6 @@ def test_every_kernel_is_launched_as_abi_h_says(row, native: Native, mock: Mock)
         assert launch.grid == -(-TOKENS * HIDDEN // 8 // row.block)
     if row.family == "sum":
         assert launch.shared == 0
-    elif row.family == "gemm2_stationary":
-        assert launch.shared == row.stages * row.stage_bytes + 4 * 64 * row.band + 3072
     elif row.family == "gemm2_ring":
         assert launch.shared == row.stages * row.stage_bytes + 2048
     elif row.family == "prologue":
@@ -130,7 +123,6 @@ def test_every_kernel_is_launched_as_abi_h_says(row, native: Native, mock: Mock)
     assert [len(argument) for argument in launch.arguments] == argument_sizes()[row.family]
     maps = {
         "w13_rows": ([HIDDEN, 2 * WIDTH, EXPERTS], [HIDDEN, 2 * WIDTH * HIDDEN], [128, 96, 1], "w13"),
-        "w13_half_steps": ([HIDDEN, 2 * WIDTH, EXPERTS], [HIDDEN, 2 * WIDTH * HIDDEN], [64, 192, 1], "w13"),
         "w13_quarters": (
             [HIDDEN, WIDTH, 2, EXPERTS],
             [HIDDEN, WIDTH * HIDDEN, 2 * WIDTH * HIDDEN],
@@ -145,8 +137,6 @@ def test_every_kernel_is_launched_as_abi_h_says(row, native: Native, mock: Mock)
         ),
         "act_rows": ([WIDTH, TOKENS * TOP_K], [WIDTH], [128, 128], "act_quantised"),
         "w2_rows": ([WIDTH, HIDDEN, EXPERTS], [WIDTH, WIDTH * HIDDEN], [128, 128, 1], "w2"),
-        "act_steps": ([64, TOKENS * TOP_K, WIDTH // 64], [WIDTH, 64], [64, 8, 3], "act_quantised"),
-        "w2_steps": ([64, HIDDEN, WIDTH // 64, EXPERTS], [WIDTH, 64, WIDTH * HIDDEN], [64, 64, 3, 1], "w2"),
         "act_steps_64": ([64, TOKENS * TOP_K, WIDTH // 64], [WIDTH, 64], [64, 64, 3], "act_quantised"),
         "w2_steps_256": ([64, HIDDEN, WIDTH // 64, EXPERTS], [WIDTH, 64, WIDTH * HIDDEN], [64, 256, 3, 1], "w2"),
         # Two bytes an element: slices of 512 columns, three slots of 128 tokens' choices.
@@ -166,7 +156,7 @@ EXPECTED = {
         None, "tokens", "token_scales", "w13_scales", "act_quantised", "act_scales", "rows", "tiles", "counts", "max_tiles",
         "hidden_size", "intermediate_size", "top_k",
     ),
-    "glm_gemm1_columns_c2": (
+    "glm_gemm1_columns_c1": (
         None, "tokens", "token_scales", "w13_scales", "act", 0, "rows", "tiles", "counts", "max_tiles", "hidden_size",
         "intermediate_size", "top_k",
     ),
@@ -179,10 +169,6 @@ EXPECTED = {
         None, None, None, "act_scales", "w2_scales", "topk_weights", "partial", "local_ids", "out", "rows",
         "tiles + 3 * max_tiles", "counts", "counts + 3", "band_tiles", "tokens_count", "max_tiles", "hidden_size",
         "intermediate_size", "experts", "top_k", "slice", "slots", "band",
-    ),
-    "glm_gemm2_stationary_t640": (
-        None, None, "act_scales", "w2_scales", "topk_weights", "out", "rows", "tiles + 3 * max_tiles", "counts", "band_tiles",
-        "tokens_count", "max_tiles", "hidden_size", "intermediate_size", "top_k",
     ),
     "glm_gemm1_decode_t8": (
         None, "tokens", "token_scales", "w13_scales", "act", "rows", "tiles", "counts", "max_tiles", "hidden_size",
@@ -224,10 +210,8 @@ def test_programmatic_launches_can_be_switched_off(native: Native, mock: Mock) -
     assert run(native, "glm_gemm2_decode_t8", mock, programmatic=0).programmatic == 0
 
 
-def test_a_persistent_grid_takes_no_more_than_it_is_allowed_and_whole_clusters(native: Native, mock: Mock) -> None:
+def test_a_persistent_grid_takes_no_more_than_it_is_allowed(native: Native, mock: Mock) -> None:
     assert run(native, "glm_gemm1_row_c1", mock, multiprocessors=77).grid == 77
-    assert run(native, "glm_gemm1_row_c2", mock, multiprocessors=77).grid == 76
-    assert run(native, "glm_gemm1_row_c2", mock, multiprocessors=1).grid == 2
     assert run(native, "glm_gemm1_row_c1", mock, multiprocessors=500).grid == 132
 
 
@@ -238,7 +222,7 @@ def test_a_persistent_grid_is_the_clusters_that_run_at_once_where_the_driver_say
     assert run(native, quarter, mock, multiprocessors=3).grid == 4
     before = mock.calls("cuOccupancyMaxActiveClusters")
     clustered = [row for row in table() if row.cluster > 1 and row.grid == "persistent"]
-    assert before >= len(clustered) > 3
+    assert before >= len(clustered) > 0
     run(native, quarter, mock)
     assert mock.calls("cuOccupancyMaxActiveClusters") == before, "asked for at the load and at no launch"
 
@@ -335,11 +319,11 @@ def test_a_map_that_the_driver_refuses_is_not_kept_and_is_described(native: Nati
 def test_a_refused_launch_says_the_drivers_words_the_kernel_the_shape_and_what_to_do(native: Native, mock: Mock) -> None:
     mock.fail("cuLaunchKernelEx", 1)
     with pytest.raises(HopperError) as refused:
-        run(native, "glm_gemm1_row_c2", mock)
+        run(native, "glm_gemm1_row_c1", mock)
     text = str(refused.value)
     assert refused.value.code == 1
     for part in (
-        "glm_gemm1_row_c2",
+        "glm_gemm1_row_c1",
         "cuda:0",
         "CUDA_ERROR_INVALID_VALUE (1): invalid argument",
         "300 tokens",
@@ -351,7 +335,7 @@ def test_a_refused_launch_says_the_drivers_words_the_kernel_the_shape_and_what_t
         "160 experts",
         "top_k 8",
         "132 × 384",
-        "clusters of 2",
+        "clusters of 1",
         "201728 bytes",
         "report this text",
     ):
@@ -403,24 +387,10 @@ def test_an_earlier_kernels_fault_is_told_apart(native: Native, mock: Mock) -> N
         ("glm_gemm2_ring_n128", {"w2": 0}, "w2 is null"),
         ("glm_gemm2_ring_n128", {"act_scales": 0}, "act_scales is null"),
         ("glm_gemm2_ring_n128", {"out": 0}, "out is null"),
-        ("glm_gemm2_turns_n256", {"slice": 128}, "slice 128 must be a multiple of 256 and divide hidden_size"),
-        ("glm_gemm2_turns_n256", {"top_k": 6}, "top_k is 6, and this kernel adds up 8 choices; choose glm_gemm2_sum_"),
-        ("glm_gemm2_turns_n256", {"w2_scales": 0x1008}, "w2_scales must lie at a multiple of 16 bytes"),
+        ("glm_gemm2_turns_lanes_n256", {"slice": 128}, "slice 128 must be a multiple of 256 and divide hidden_size"),
+        ("glm_gemm2_turns_lanes_n256", {"top_k": 6}, "top_k is 6, and this kernel adds up 8 choices; choose glm_gemm2_sum_"),
+        ("glm_gemm2_turns_lanes_n256", {"w2_scales": 0x1008}, "w2_scales must lie at a multiple of 16 bytes"),
         ("glm_gemm2_turns_lanes_n256", {"partial": 0x1008}, "partial must lie at a multiple of 16 bytes"),
-        (
-            "glm_gemm2_stationary_t640",
-            {"band": 0, "tokens_count": 641},
-            "there are more tokens than the 640 of a band, and routing lists but one; choose glm_gemm2_sum_",
-        ),
-        (
-            "glm_gemm2_stationary_t512",
-            {"band": 640, "tokens_count": 641},
-            "band is 640, and this kernel's is 512",
-        ),
-        ("glm_gemm2_stationary_t512", {"tokens_count": 513, "band_tiles": 0}, "band_tiles is null"),
-        ("glm_gemm2_stationary_t640", {"out": 0}, "out is null"),
-        ("glm_gemm2_stationary_t640", {"act_scales": 0}, "act_scales is null"),
-        ("glm_gemm2_stationary_t640", {"w2_stride": WIDTH * HIDDEN - 16}, "w2 has 983024 bytes from expert to expert"),
         ("glm_gemm2_sum_n128", {"max_tiles": 0}, "max_tiles must be positive"),
         ("glm_topk_sum", {"tokens_count": 1 << 29}, "31 bits"),
         ("glm_topk_sum", {"top_k": -1}, "every size must be positive"),

@@ -13,7 +13,6 @@ from emulated import run_check
 _GEMM1, _DECODE1, _DECODE2 = "gemm1_prefill.cu", "gemm1_decode.cu", "gemm2_decode.cu"
 _GEMM2 = "gemm2_phases.cuh"  # which the next two include
 _STAGES, _TURNS = "gemm2_prefill.cu", "gemm2_turns.cu"
-_STATIONARY = "gemm2_stationary.cu"
 _SPLIT = "gemm1_split.cu"
 _QUARTER = "gemm1_quarter.cu"
 _PROLOGUE = "prologue.cu"
@@ -49,8 +48,8 @@ _FAULTS = [
         "unswizzled gather",
         "gather.cuh",
         "glm_gemm1_row_c1",
-        "swizzled_address<ROW_BYTES>(0, gather_row<ROW_BYTES>(thread, 0), ",
-        "gather_row<ROW_BYTES>(thread, 0) * ROW_BYTES + (",
+        "swizzled_address(0, gather_row(thread, 0), ",
+        "gather_row(thread, 0) * 128 + (",
     ),
     (
         "a row too many is stored",
@@ -60,47 +59,11 @@ _FAULTS = [
         "if (row < size + 1) store_8",
     ),
     (
-        "multicast into a slot the neighbour still reads",
-        _GEMM1,
-        "glm_gemm1_row_c2",
-        "barrier_init(empty + 8 * slot, consumer_warps * CLUSTER);",
-        "barrier_init(empty + 8 * slot, consumer_warps);",
-    ),
-    ("a block ends before its neighbour", _GEMM1, "glm_gemm1_row_c2", "if (CLUSTER > 1) cluster_barrier();", ""),
-    (
         "more registers than the launch has",
         _GEMM1,
         "glm_gemm1_row_c1",
         "registers_up<consumer_registers>()",
         "registers_up<232>()",
-    ),
-    (
-        "half a K step in the swizzle of a whole one",
-        "swizzle.cuh",
-        "glm_gemm1_row_k64_c1",
-        "(ROW_BYTES - chunk_bytes)",
-        "0x70u",
-    ),
-    (
-        "half steps 128 bytes apart in the descriptor",
-        "mma.cuh",
-        "glm_gemm1_row_k64_c1",
-        "8 * ROW_BYTES >> 4",
-        "1024 >> 4",
-    ),
-    (
-        "half steps gathered as whole ones",
-        _GEMM1,
-        "glm_gemm1_row_k64_c1",
-        "round * rows_a_round * K_STEP",
-        "round * gather_rows * K_STEP",
-    ),
-    (
-        "the last half step freed with the one before it",
-        _GEMM1,
-        "glm_gemm1_row_k64_c1",
-        "if (step > 0) release(position.previous());",
-        "if (step > 0) release(position.previous()); if (step + 1 == steps) release(position.slot);",
     ),
     (
         "gate rows freed while wgmma reads them",
@@ -346,23 +309,18 @@ _FAULTS = [
         "low_bf16(loaded[choice].word[word] & keep)",
         "low_bf16(loaded[choice].word[word])",
     ),
-    ("partials of turns acquired without a proxy fence", _GEMM2, "glm_gemm2_turns_n256", _ACQUIRED, ""),
+    ("partials of turns acquired without a proxy fence", _GEMM2, "glm_gemm2_turns_lanes_n256", _ACQUIRED, ""),
     *(
-        (name, _TURNS, "glm_gemm2_turns_n256", text, other)
+        (name, _TURNS, "glm_gemm2_turns_lanes_n256", text, other)
         for name, text, other in (
-            ("partials sent without a proxy fence", "if (BY_ENGINE) fence_proxy_async();", ""),
             ("partials sent before every lane has written", "warp_sync();  // every lane has written", ""),
-            ("staging written before it has been read", "if (BY_ENGINE) copies_out_read();", ""),
-            (
-                "partials told when they have been read",
-                "if (BY_ENGINE) copies_out_done();",
-                "if (BY_ENGINE) copies_out_read();",
-            ),
-            ("partials told when their copies are asked for", "if (BY_ENGINE) copies_out_done();", ""),
-            ("copies in no group", "                            copies_out_commit();\n", ""),
-            ("partials told before every lane's copies are done", "warp_sync();  // every lane has stored", ""),
+            ("partials told before every lane has stored", "warp_sync();  // every lane has stored", ""),
             ("the pair of another warp's row", "p.rows[first_row + sent_row]", "p.rows[first_row + lane]"),
-            ("a row past the tile's end sent", "lane < turn_warp_rows && sent_row < size", "lane < turn_warp_rows"),
+            (
+                "a row past the tile's end stored",
+                "static_cast<int>(warp_row) + row < size",
+                "static_cast<int>(warp_row) + row < size + 1",
+            ),
             (
                 "weights of two turns freed by the first",
                 "if (!shared) barrier_arrive(at.w2_empty",
@@ -401,10 +359,10 @@ _FAULTS = [
                 "scales_offset + (slot ^ 1) * scales_bytes, p.w2_scales",
             ),
             ("sums of turns read before they are done", "mma_wait<0>();", ""),
+            ("another row's pair", "shuffle(sent_pair, row)", "shuffle(sent_pair, row ^ 1)"),
             ("matrices a row off", "staging + lane % 8 * staging_pitch", "staging + (lane + 1) % 8 * staging_pitch"),
         )
     ),
-    ("another row's pair", _TURNS, "glm_gemm2_turns_lanes_n256", "shuffle(sent_pair, row)", "shuffle(sent_pair, row ^ 1)"),
     (
         "scales read before they are written",
         _DECODE1,
@@ -446,40 +404,6 @@ _FAULTS = [
         "glm_gemm2_decode_t16",
         "OwnRing position(consumer * own_stages, own_stages);",
         "OwnRing position(0, own_stages);",
-    ),
-    (
-        "rows copied into a stage that the neighbour still reads",
-        _STATIONARY,
-        "glm_gemm2_stationary_t640_c2",
-        "barrier_init(empty + 8 * slot, 4 * CLUSTER);",
-        "barrier_init(empty + 8 * slot, 4);",
-    ),
-    *(
-        (name, _STATIONARY, "glm_gemm2_stationary_t640", text, other)
-        for name, text, other in (
-            ("a tile added before the one before it", "barrier_wait(added + 8 * other, turn);", ""),
-            ("a row too many is added", "&& row < size;", "&& row < size + 1;"),
-            ("a stage filled while it is multiplied", "barrier_wait(empty + 8 * position.slot", "if (0) barrier_wait(empty"),
-            ("a table written while it is read", "if (lane == 0) barrier_wait(free_table, parity ^ 1);", ""),
-            ("sums not zeroed before the next item", "store_shared_floats(from, {});", ""),
-            (
-                "an item written out before its last tile is added",
-                "named_barrier(1, adders);\n            const int first_token",
-                "const int first_token",
-            ),
-            (
-                "the next item added to sums that still go out",
-                "named_barrier(1, adders);\n            item = following;",
-                "item = following;",
-            ),
-            ("rows of one token added without waiting", "if (pass > 0) named_barrier(2 + own, 128);", ""),
-            ("a token's sums in the place of another band's", "/ p.top_k - tile.first_token", "/ p.top_k"),
-            (
-                "a tile of several stages multiplied a round ahead",
-                "if (chunks > 1) barrier_wait(multiplied",
-                "if (0) barrier_wait(multiplied",
-            ),
-        )
     ),
     (
         "a lane's rank counts itself",
@@ -574,9 +498,6 @@ def _options(kernel: str, seed: int) -> dict[str, int]:
         banded = {0: {"tokens": 16, "top_k": 512, "band": 2}, 1: {"tokens": 6, "top_k": 512, "experts": 300, "band": 2}}
         single = {2: {"tokens": 5, "top_k": 8, "hidden": 5632}, 3: {"tokens": 40, "top_k": 50, "elsewhere": 60}}
         return {"wide": seed // 2 % 2, "experts": 20, "resident": 2, **(banded | single)[seed % 4]}
-    if "_stationary_" in kernel:  # bands of 640 tokens: two of them, or K of several stages, or many rows of few experts
-        shared = {"experts": 3, "grid": 2}
-        return {**shared, **({"tokens": 660}, {"tokens": 60, "width": 768, "top_k": 8}, {"tokens": 130, "skew": 1})[seed % 3]}
     shared = {"tokens": 150, "hidden": 512, "slice": 128, "slots": 2, "experts": 2}
     banded = {2: {"band": 64, "grid": 2}, 3: {"band": 32, "grid": 4, "silent": 0b110}}
     if "_ring_" in kernel or "_turns_" in kernel:
@@ -600,13 +521,11 @@ def _source_of(kernel: str, file: str) -> str:
     """The file that defines a kernel whose fault is in `file`, which may be one that several share."""
     if "_prologue_" in kernel:
         return _PROLOGUE
-    if "_stationary_" in kernel:
-        return _STATIONARY
     if "_turns_" in kernel:
         return _TURNS
     if "_gemm2_sum_" in kernel or "_ring_" in kernel:
         return _STAGES
-    return _GEMM1 if kernel.endswith(("_c1", "_c2")) else file
+    return _GEMM1 if kernel.endswith("_c1") else file
 
 
 @pytest.fixture(scope="module")
@@ -629,7 +548,7 @@ def test_planted_fault_is_found(found: dict[str, Future[bool]], name: str) -> No
     assert found[name].result(), f"{name}: not found by 12 runs"
 
 
-@pytest.mark.parametrize("file", [_GEMM1, _SPLIT, _QUARTER, _STAGES, _TURNS, _DECODE1, _DECODE2, _STATIONARY, _PROLOGUE])
+@pytest.mark.parametrize("file", [_GEMM1, _SPLIT, _QUARTER, _STAGES, _TURNS, _DECODE1, _DECODE2, _PROLOGUE])
 def test_unchanged_kernels_pass_the_same_runs(changed_kernel: Callable[..., Path], file: str) -> None:
     kernels = {kernel for _, of_fault, kernel, _, _ in _FAULTS if _source_of(kernel, of_fault) == file}
     assert kernels

@@ -17,12 +17,12 @@ SEED = random.SystemRandom().randrange(1 << 20)
 _CASES = [
     # tokens, top_k, experts here and in all, kernels, routing, ids; tokens of a band
     (1, 8, 16, 16, "decode_t8", "decode_t8", "spread", "int32"),
-    (17, 8, 160, 160, "decode_t16", "decode_t16", "bad", "int64"),
+    (17, 8, 160, 160, "decode_t16", "decode_t8", "bad", "int64"),
     (128, 8, 5, 40, "decode_t8", "decode_t8", "skewed", "int32"),
     (40, 2, 3, 3, "decode_t64", "decode_t64", "none", "int32"),
-    (129, 8, 160, 160, "decode_t8", "decode_t8", "spread", "int64"),
+    (129, 8, 160, 160, "decode_t8", "decode_t32", "spread", "int64"),
     (200, 8, 20, 160, "triton", "decode_t32", "bad", "int32"),
-    (300, 8, 12, 12, "row_c2", "sum_n128", "skewed", "int32", 128),
+    (300, 8, 12, 12, "row_split", "sum_n128", "skewed", "int32", 128),
     (290, 8, 9, 18, "row_c1", "sum_n256", "bad", "int64", 128),
     (150, 16, 16, 16, "triton", "sum_n128", "collapsed", "int32", 64),
     (170, 7, 511, 511, "row_c1", "sum_n128", "bad", "int32"),

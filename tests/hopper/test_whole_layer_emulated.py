@@ -15,12 +15,10 @@ _CASES = [
     (136, 192, 9, 9, "glm_gemm1_row_c1", "glm_gemm2_sum_n128", "bad", 128, 8),
     (70, 192, 3, 3, "glm_gemm1_row_split", "glm_gemm2_sum_n128", "bad"),
     (136, 192, 8, 16, "glm_gemm1_row_c1", "glm_gemm2_sum_n256", "spread", 128, 8),
-    (70, 192, 4, 4, "glm_gemm1_row_c2", "glm_gemm2_sum_n256", "bad"),
     # A cluster of four shares each tile.
     (150, 192, 4, 4, "glm_gemm1_row_quarter", "glm_gemm2_sum_n128", "skewed"),
     (70, 192, 9, 9, "glm_gemm1_row_quarter", "glm_gemm2_ring_n256", "bad", 0, 8, "native"),
-    (40, 192, 9, 9, "glm_gemm1_row_quarter", "glm_gemm2_turns_n256", "spread", 0, 8),
-    (40, 192, 4, 4, "glm_gemm1_row_quarter", "glm_gemm2_stationary_t640", "collapsed"),
+    (40, 192, 9, 9, "glm_gemm1_row_quarter", "glm_gemm2_turns_lanes_n256", "spread", 0, 8),
     (5, 192, 2, 2, "glm_gemm1_row_quarter", "glm_gemm2_sum_n256", "none"),
     (33, 384, 3, 6, "glm_gemm1_columns_c1", "glm_gemm2_sum_n256", "spread"),
     (20, 384, 3, 3, "glm_gemm1_exact_c1", "glm_gemm2_sum_n128", "skewed"),
@@ -37,18 +35,12 @@ _CASES = [
     (70, 192, 8, 16, "triton", "glm_gemm2_ring_n128", "spread", 0, 8),
     (33, 384, 9, 9, "glm_gemm1_columns_c1", "glm_gemm2_ring_n256", "skewed", 0, 8),
     (136, 192, 8, 16, "glm_gemm1_row_split", "glm_gemm2_ring_n128", "collapsed", 128, 8, "native"),
-    # Warpgroups by turns; partials sent by the copy engine or stored by lanes.
-    (136, 192, 9, 9, "glm_gemm1_row_c1", "glm_gemm2_turns_n256", "bad", 128, 8),
-    (70, 384, 8, 16, "triton", "glm_gemm2_turns_n256", "spread", 0, 8),
+    # Warpgroups by turns.
+    (136, 192, 9, 9, "glm_gemm1_row_c1", "glm_gemm2_turns_lanes_n256", "bad", 128, 8),
+    (70, 384, 8, 16, "triton", "glm_gemm2_turns_lanes_n256", "spread", 0, 8),
     (33, 192, 9, 9, "glm_gemm1_row_c1", "glm_gemm2_turns_lanes_n256", "skewed", 0, 8),
-    # Sums in shared memory; the first in two bands, the last of 8 tokens.
-    (520, 192, 9, 9, "glm_gemm1_row_c1", "glm_gemm2_stationary_t512", "bad", 512, 2),
-    (33, 384, 3, 6, "glm_gemm1_columns_c1", "glm_gemm2_stationary_t640", "spread"),
-    (40, 192, 4, 4, "triton", "glm_gemm2_stationary_t640", "collapsed"),
-    (40, 192, 4, 4, "glm_gemm1_row_c1", "glm_gemm2_stationary_t640_c2", "skewed"),
     (20, 192, 4, 4, "glm_gemm1_decode_t8", "glm_gemm2_decode_t16", "bad", 0, 2, "native"),
     (136, 192, 8, 16, "glm_gemm1_row_c1", "glm_gemm2_sum_n128", "spread", 128, 8, "native"),
-    (530, 192, 9, 18, "triton", "glm_gemm2_stationary_t512", "spread", 512, 2, "native"),
 ]
 
 

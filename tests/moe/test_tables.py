@@ -239,7 +239,7 @@ def test_the_native_kernels_serve_where_they_are_asked_for_and_are_not_loaded_ot
     monkeypatch.setattr(native, "supports", lambda problem, device: not asked.append(device) and problem.hidden_size == 5120)
     card = dataclasses.replace(H100, index=1)
     assert route(TP8.with_tokens(300), card) == "triton" and not asked
-    told = {"gemm1": "glm_gemm1_row_c2", "gemm2": "glm_gemm2_sum_n128", "slice": 128, "slots": 4}
+    told = {"gemm1": "glm_gemm1_row_c1", "gemm2": "glm_gemm2_sum_n128", "slice": 128, "slots": 4}
     user(tmp_path, table(H100, {8192: {"backend": "hopper", **told}, 64: {"backend": "hopper"}}))
     many, few = TP8.with_tokens(8192), TP8.with_tokens(64)
     assert route(many, card) == "hopper" and asked == ["cuda:1"]
@@ -304,3 +304,49 @@ def test_a_table_may_ask_for_the_native_prologue_and_for_no_other(tmp_path: Path
     assert native.choose(TP8.with_tokens(64), H100).prologue == "native"
     with pytest.raises(ValueError, match=r"64 tokens: prologue 'cuda' is none; there are triton, native, "):
         tables.check(table(H100, {64: {**entry, "prologue": "cuda"}}))
+
+
+def test_an_entry_with_kernels_that_are_no_more_is_left_out_with_one_warning_and_serving_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A user's own table may be another release's: GEMM1 in clusters of two and GEMM2 without partials are gone."""
+    from types import SimpleNamespace
+
+    from vllm_glm_patch.moe.hopper import backend as native
+
+    there = dict.fromkeys(("glm_gemm1_row_split", "glm_gemm2_ring_n256"))
+    monkeypatch.setattr(native, "loader", lambda: SimpleNamespace(native=SimpleNamespace(by_name=there)))
+    monkeypatch.setattr(native, "supports", lambda problem, device: True)
+    gone = {"backend": "hopper", "gemm1": "glm_gemm1_row_c2", "gemm2": "glm_gemm2_stationary_t640", "band": 640}
+    half = {"backend": "hopper", "gemm1": "triton", "gemm2": "glm_gemm2_stationary_t640"}
+    kept = {"backend": "hopper", "gemm1": "glm_gemm1_row_split", "gemm2": "glm_gemm2_ring_n256", "slice": 256}
+    user(tmp_path, table(H100, {512: kept, 4096: gone, 16384: half}))
+    caplog.set_level(logging.WARNING)
+    card = dataclasses.replace(H100, index=0)
+    for tokens in (4000, 8191, 16384):
+        problem = TP8.with_tokens(tokens)
+        assert backends.configuration(problem, card) == ("hopper", native.default_config(problem))
+    assert native.choose(TP8.with_tokens(500), card).gemm2 == "glm_gemm2_ring_n256", "other entries hold"
+    texts = [record.getMessage() for record in caplog.records]
+    assert len(texts) == 2, "one for each that is named, at however many counts"
+    assert (
+        "names glm_gemm1_row_c2 and glm_gemm2_stationary_t640, which this release of vllm-glm-patch does not have" in texts[0]
+    )
+    assert "names glm_gemm2_stationary_t640, which" in texts[1] and "Tune again, or remove these entries" in texts[1]
+    caplog.clear()
+    user(tmp_path, table(H100, {4096: gone}))
+    native.choose(TP8.with_tokens(4096), card)
+    assert len(caplog.records) == 1, "a table that was read anew is warned of again"
+
+
+def test_a_table_made_while_triton_configurations_had_a_band_of_a_native_kernel_is_read(tmp_path: Path) -> None:
+    entry = default_config(TP8.with_tokens(8192), H100).to_dict()
+    former = {**entry, "gemm2": {**entry["gemm2"], "band": 0}}
+    tables.check(table(H100, {8192: former}))
+    assert Config.from_dict(former) == Config.from_dict(entry)
+    assert former["gemm2"]["band"] == 0, "the table itself stays as it is"
+    for band in (640, "x", None):
+        with pytest.raises(ValueError, match=r"8192 tokens: .*band"):
+            tables.check(table(H100, {8192: {**entry, "gemm2": {**entry["gemm2"], "band": band}}}))
+    with pytest.raises(ValueError, match="8192 tokens"):
+        tables.check(table(H100, {8192: {**entry, "gemm2": "fused"}}))

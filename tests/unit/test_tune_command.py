@@ -167,7 +167,7 @@ def test_the_native_kernels_run_what_was_measured_of_them(tmp_path: Path, monkey
 
     from vllm_glm_patch.moe.hopper import backend as native
 
-    measured = native.HopperConfig("glm_gemm1_row_c2", "glm_gemm2_sum_n128", 128, 4)
+    measured = native.HopperConfig("glm_gemm1_row_c1", "glm_gemm2_sum_n128", 128, 4)
     assert measured != native.default_config(Problem(8192))
     made = bench_result(row(8192, 20.0, 30.0, backend="hopper", config=dataclasses.asdict(measured)))
     monkeypatch.setattr(schema, "read", lambda file: made)

@@ -51,15 +51,14 @@ class Gemm1:
 
 @dataclass(frozen=True)
 class Gemm2:
-    """kind: `resident` rows stay in the tile (widths to 512), `loop` any width, `fused` resident with the sum inside,
-    `stationary` the native kernel that has no partials and goes by bands of `band` tokens.
+    """kind: `resident` rows stay in the tile (widths to 512), `loop` any width, `fused` resident with the sum inside.
 
     swap: weights on the dot's wide side. strip: columns one program makes. slice: columns whose partials exist at
     once, 0 for all. requantise: a small kernel makes FP8 first; else the rows are quantised as they are read. hints: ask
     L2 to keep partials until they are summed (not in `fused`).
     """
 
-    kind: Literal["resident", "loop", "fused", "stationary"] = "resident"
+    kind: Literal["resident", "loop", "fused"] = "resident"
     block_m: int = 64
     block_n: int = 128
     block_k: int = 128
@@ -73,7 +72,6 @@ class Gemm2:
     stages: int = 2
     programs: int = 3  # fused: programs per multiprocessor
     hints: bool = False
-    band: int = 0
 
     def __post_init__(self) -> None:
         """ValueError on what the kernels cannot do."""
@@ -121,6 +119,9 @@ class Config:
         """Inverse of to_dict; "backend" may stand beside it. Raises TypeError on a key this release does not know."""
         parts = {"pairs": Pairs, "gemm1": Gemm1, "gemm2": Gemm2, "sum": Sum}
         given = {key: value for key, value in data.items() if key != "backend"}
+        gemm2 = given.get("gemm2")
+        if isinstance(gemm2, dict) and gemm2.get("band") == 0:  # as written while a native kernel had bands of its own
+            given["gemm2"] = {key: value for key, value in gemm2.items() if key != "band"}
         return Config(**{key: parts[key](**value) if key in parts else value for key, value in given.items()})
 
 

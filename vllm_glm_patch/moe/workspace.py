@@ -72,7 +72,7 @@ def layout(problem: Problem, config: Config, band: int = 0) -> Layout:
         add("act", 2 * p.pairs * p.intermediate_size)
     if config.gemm1.kind == "row" or needs_requantise(config):
         add("act_quantised", p.pairs * p.intermediate_size)
-    slots = {"fused": config.gemm2.slots, "stationary": 0}.get(config.gemm2.kind, 1)
+    slots = config.gemm2.slots if config.gemm2.kind == "fused" else 1
     rows = band * p.top_k if bands > 1 and config.gemm2.kind == "fused" else p.pairs
     partial = 2 * rows * slice_of(p, config) * slots
     add("tokens_or_partial", max(p.tokens * p.hidden_size, partial))

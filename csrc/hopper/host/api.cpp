@@ -18,7 +18,7 @@ const char* glm_hopper_last_error() { return glm_hopper::last_error().c_str(); }
 int glm_hopper_kernel(int index, GlmHopperKernel* out) {
   if (index < 0 || index >= glm_hopper::kKernels) return 0;
   const glm_hopper::Kernel& kernel = glm_hopper::kernels[index];
-  *out = {kernel.name, kernel.source, int32_t(kernel.family), kernel.tile_rows, kernel.tile_columns, kernel.cluster, kernel.band};
+  *out = {kernel.name, kernel.source, int32_t(kernel.family), kernel.tile_rows, kernel.tile_columns, kernel.cluster};
   return 1;
 }
 

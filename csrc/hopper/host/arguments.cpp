@@ -51,23 +51,6 @@ Arguments::Arguments(Family family, const GlmHopperLayer& layer, const TensorMap
       add(layer.slots);
       add(layer.band);
       break;
-    case Family::gemm2_stationary:
-      add(maps[0]);
-      add(maps[1]);
-      add(layer.act_scales);
-      add(layer.w2_scales);
-      add(layer.topk_weights);
-      add(layer.out);
-      add(layer.rows);
-      add(second_tiles_);
-      add(layer.counts);
-      add(layer.band_tiles);
-      add(layer.tokens_count);
-      add(layer.max_tiles);
-      add(layer.hidden_size);
-      add(layer.intermediate_size);
-      add(layer.top_k);
-      break;
     case Family::gemm1_decode:
       add(maps[0]);
       add(layer.tokens);

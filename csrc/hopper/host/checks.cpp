@@ -66,13 +66,6 @@ void check_sizes(const Kernel& kernel, const GlmHopperLayer& layer, Reason& reas
   reason.unless(kernel.family != Family::gemm2_decode || layer.intermediate_size <= 1536,
                 "intermediate_size must be 1536 or less" + kUseTriton);
   if (kernel.family != Family::sum) reason.unless(layer.max_tiles > 0, "max_tiles must be positive; see routing.py");
-  if (kernel.family == Family::gemm2_stationary) {
-    const std::string own = std::to_string(kernel.band);
-    reason.unless(has_bands(layer) ? layer.band == kernel.band : layer.tokens_count <= kernel.band,
-                  has_bands(layer) ? "band is " + std::to_string(layer.band) + ", and this kernel's is " + own
-                                   : "there are more tokens than the " + own + " of a band, and routing lists but one; choose "
-                                         "glm_gemm2_sum_*");
-  }
   if (kernel.family == Family::prologue) check_prologue(layer, reason);
   if (!has_slices(kernel)) return;
   const std::string slice = "slice " + std::to_string(layer.slice);
@@ -100,8 +93,8 @@ void check_weights(const char* name, const void* weights, int64_t stride, int64_
 void check_pointers(const Kernel& kernel, const GlmHopperLayer& layer, Reason& reason) {
   const int64_t w2_bytes = int64_t(layer.hidden_size) * layer.intermediate_size;
   const bool first = kernel.family == Family::gemm1 || kernel.family == Family::gemm1_decode;
-  const bool stationary = kernel.family == Family::gemm2_stationary, prologue = kernel.family == Family::prologue;
-  const bool second = has_slices(kernel) || kernel.family == Family::gemm2_decode || stationary;
+  const bool prologue = kernel.family == Family::prologue;
+  const bool second = has_slices(kernel) || kernel.family == Family::gemm2_decode;
   if (first) {
     check_weights("w13", layer.w13, layer.w13_stride, 2 * w2_bytes, reason);
     reason.pointer("tokens", layer.tokens, 16);
@@ -120,7 +113,7 @@ void check_pointers(const Kernel& kernel, const GlmHopperLayer& layer, Reason& r
     reason.pointer("w2_scales", layer.w2_scales, copied ? 16 : 4);
     reason.pointer("topk_weights", layer.topk_weights, 4);
   }
-  if (has_slices(kernel) || stationary) {
+  if (has_slices(kernel)) {
     reason.pointer("act_quantised", layer.act_quantised, 16);
     reason.pointer("act_scales", layer.act_scales, 4);
     if (has_bands(layer)) reason.pointer("band_tiles", layer.band_tiles, 4);
@@ -141,7 +134,7 @@ void check_pointers(const Kernel& kernel, const GlmHopperLayer& layer, Reason& r
     reason.pointer("tiles", layer.tiles, 4);
     reason.pointer("counts", layer.counts, 4);
   }
-  if (!first && !stationary && !prologue) reason.pointer("partial", layer.partial, 16);
+  if (!first && !prologue) reason.pointer("partial", layer.partial, 16);
   if (has_slices(kernel) || kernel.family == Family::sum) reason.pointer("local_ids", layer.local_ids, 4);
   if (!first && !prologue && kernel.family != Family::gemm2_decode) reason.pointer("out", layer.out, 16);
 }

@@ -16,7 +16,6 @@ struct GlmHopperKernel {
   int32_t tile_rows;
   int32_t tile_columns;
   int32_t cluster;
-  int32_t band;  // tokens of a band that the kernel itself is for; 0: the caller says
 };
 
 // What one layer's kernels work on: device pointers, then sizes. A kernel reads the members that its family names in abi.h;

@@ -23,13 +23,10 @@ const MapShape* shape_of(Map map) {
 const char* name_of(Map map) {
   switch (map) {
     case Map::w13_rows: return "w13_rows";
-    case Map::w13_half_steps: return "w13_half_steps";
     case Map::w13_quarters: return "w13_quarters";
     case Map::w13_interleaved: return "w13_interleaved";
     case Map::act_rows: return "act_rows";
     case Map::w2_rows: return "w2_rows";
-    case Map::act_steps: return "act_steps";
-    case Map::w2_steps: return "w2_steps";
     case Map::act_steps_64: return "act_steps_64";
     case Map::w2_steps_256: return "w2_steps_256";
     case Map::partial_rows: return "partial_rows";
@@ -43,15 +40,12 @@ Extents extents_of(const MapKey& key) {
   const auto [map, base, hidden_size, intermediate_size, row_count, expert_stride, promotion] = key;
   const uint64_t k = hidden_size, n = intermediate_size, rows = row_count, stride = expert_stride;
   switch (map) {
-    case Map::w13_rows:
-    case Map::w13_half_steps: return {{k, 2 * n, rows}, {k, stride}};
+    case Map::w13_rows: return {{k, 2 * n, rows}, {k, stride}};
     case Map::w13_quarters: return {{k, n, 2, rows}, {k, n * k, stride}};
     case Map::w13_interleaved: return {{k, 8, 2, n / 8, rows}, {k, n * k, 8 * k, stride}};
     case Map::act_rows: return {{n, rows}, {n}};
     case Map::w2_rows: return {{n, k, rows}, {n, stride}};
-    case Map::act_steps:
     case Map::act_steps_64: return {{64, rows, n / 64}, {n, 64}};
-    case Map::w2_steps:
     case Map::w2_steps_256: return {{64, k, n / 64, rows}, {n, 64, stride}};
     case Map::partial_rows: return {{k, rows}, {2 * k}};
     case Map::none: break;
@@ -104,10 +98,8 @@ MapKey key_of(Map map, const GlmHopperLayer& layer) {
   const int pairs = layer.tokens_count * layer.top_k, promotion = layer.weight_promotion == 256 ? 256 : 128;
   switch (map) {
     case Map::act_rows:
-    case Map::act_steps:
     case Map::act_steps_64: return {map, layer.act_quantised, layer.hidden_size, layer.intermediate_size, pairs, 0, 128};
     case Map::w2_rows:
-    case Map::w2_steps:
     case Map::w2_steps_256:
       return {map, layer.w2, layer.hidden_size, layer.intermediate_size, layer.experts, layer.w2_stride, promotion};
     case Map::partial_rows: {  // exactly the slots that there are; checks.cpp holds their rows to 31 bits

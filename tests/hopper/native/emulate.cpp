@@ -51,10 +51,6 @@ struct Operation {  // one wgmma of one thread
     bool accumulate, done;
 };
 
-struct Sent {  // a copy from shared to global memory
-    bool read = false, done = false;
-};
-
 struct Fibre {
     Block* block;
     int thread;
@@ -65,7 +61,6 @@ struct Fibre {
     std::function<bool()> ready;
     std::string waits_for;
     std::vector<std::pair<u32, const u8*>> chunks;  // cp.async not yet tied to a barrier
-    std::vector<std::shared_ptr<Sent>> sent_open, sent;  // bulk copies to global memory: not committed yet, and in groups
     std::deque<std::vector<Operation>> groups;      // committed wgmma groups under way, oldest first
     std::vector<Operation> open;                    // not committed yet
     std::map<float*, std::vector<float>> held;      // true values of accumulators under way
@@ -156,12 +151,6 @@ void fibre_main() {
     (*world->kernel)();
     Fibre* self = current;
     if (!self->groups.empty() || !self->open.empty()) fail("wgmma still under way at the end of the thread");
-    for (auto& copy : self->sent_open) {
-        if (!copy->done) fail("a copy to global memory that no group has at the end of the thread");
-    }
-    for (auto& copy : self->sent) {
-        if (!copy->done) fail("a copy to global memory that is not waited for at the end of the thread");
-    }
     if (!self->chunks.empty()) fail("cp.async that no barrier waits for at the end of the thread");
     if (self->arrived >= 0) fail("an arrival at the cluster's barrier that is not waited for at the end of the thread");
     self->finished = true;
@@ -694,18 +683,11 @@ int load_shared_int_of(u32 address, int rank) {
     return value;
 }
 float load_shared_float(u32 address) { return load_shared<float>(address); }
-// Now and then others go on before the value is used: what is added to and stored back may have changed meanwhile.
-Float4 load_shared_floats(u32 address) {
-    const Float4 value = load_shared<Float4>(address);
-    wait_until([] { return true; }, "its turn after a load");
-    return value;
-}
 Float2 load_shared_2(u32 address) { return load_shared<Float2>(address); }
 Vector4 load_shared_16(u32 address) { return load_shared<Vector4>(address); }
 void store_shared_int(u32 address, int value) { store_shared(address, value); }
 void store_shared_float(u32 address, float value) { store_shared(address, value); }
 void store_shared_u16(u32 address, u16 value) { store_shared(address, value); }
-void store_shared_floats(u32 address, Float4 value) { store_shared(address, value); }
 void store_shared_8(u32 address, Vector2 value) { store_shared(address, value); }
 // What a lane holds of row lane / 4 of a matrix goes where lane % 8 of that matrix's eight lanes says.
 void store_matrices(u32 address, const u32 (&v)[4]) {
@@ -901,67 +883,6 @@ void copy_in(u32 target, const void* source, u32 bytes, u32 barrier) {
         settle(counted);
         world->progress = true;
     });
-}
-
-// The engine reads the source and writes the target at moments of its own; what is there meanwhile is poison, as is what it
-// reads of stores without a proxy fence since. Its thread sees the target written once it has waited for the group.
-void copy_out(void* target, u32 source, u32 bytes) {
-    Block* block = current->block;
-    u8* to = static_cast<u8*>(target);
-    if (reinterpret_cast<u64>(target) % 16 || source % 16 || bytes % 16 || !bytes) {
-        fail("bulk copy of %u bytes from %u to %p", bytes, source, target);
-    }
-    shared_at(*block, source, bytes);
-    std::vector<bool> fenced(bytes / 16);
-    for (u32 i = 0; i < bytes / 16; ++i) {
-        const Granule& granule = block->granules[(source - shared_start) / 16 + i];
-        fenced[i] = !granule.writer || current->fence_time > granule.time || granule.writer->fence_time > granule.time;
-    }
-    std::memset(to, poison, bytes);
-    auto copy = std::make_shared<Sent>();
-    current->sent_open.push_back(copy);
-    launch_copy([block, to, source, bytes, fenced, copy] {
-        if (block->running == 0) fail("a copy to global memory reads block %d, which has ended", block->index);
-        std::vector<u8> data(bytes, poison);
-        for (u32 i = 0; i < bytes / 16; ++i) {
-            if (fenced[i]) std::memcpy(&data[16 * i], shared_at(*block, source + 16 * i, 16), 16);
-        }
-        copy->read = true;
-        world->progress = true;
-        launch_copy([to, data, copy] {
-            std::memcpy(to, data.data(), data.size());
-            for (u32 i = 0; i < data.size(); i += 16) world->written[reinterpret_cast<u64>(to + i) / 16] = world->time++;
-            copy->done = true;
-            world->progress = true;
-        });
-    });
-}
-void copies_out_commit() {
-    current->sent.insert(current->sent.end(), current->sent_open.begin(), current->sent_open.end());
-    current->sent_open.clear();
-}
-void copies_out_read() {
-    Fibre* self = current;
-    wait_until(
-        [self] {
-            for (auto& copy : self->sent) {
-                if (!copy->read) return false;
-            }
-            return true;
-        },
-        "its bulk copies to have read");
-}
-void copies_out_done() {
-    Fibre* self = current;
-    wait_until(
-        [self] {
-            for (auto& copy : self->sent) {
-                if (!copy->done) return false;
-            }
-            return true;
-        },
-        "its bulk copies to be done");
-    self->sent.clear();
 }
 
 void mma_commit() {

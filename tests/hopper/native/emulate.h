@@ -5,9 +5,7 @@
 // wgmma reads shared memory at issue or only at the wait that retires it, and its accumulators hold NaN in between. So a
 // wrong phase, an early reuse or a missing wait shows as a wrong result, a deadlock is reported with who waits for what,
 // and accesses outside shared memory, wrong alignments and missing proxy fences stop the run with a message; but what TMA reads
-// without a proxy fence since it was stored in global memory comes as poison, since a box may have what nobody uses. Bulk
-// copies to global memory read at a random later moment and write at another; until then their target is poison, and so is what
-// they read without a proxy fence since it was stored in shared memory.
+// without a proxy fence since it was stored in global memory comes as poison, since a box may have what nobody uses.
 #pragma once
 
 #include <functional>
@@ -83,12 +81,10 @@ int load_shared_int_of(u32 address, int rank);
 float load_shared_float(u32 address);
 Float2 load_shared_2(u32 address);
 Vector4 load_shared_16(u32 address);
-Float4 load_shared_floats(u32 address);
 void store_shared_int(u32 address, int value);
 void store_shared_float(u32 address, float value);
 void store_shared_u16(u32 address, u16 value);
 void store_shared_8(u32 address, Vector2 value);
-void store_shared_floats(u32 address, Float4 value);
 void store_matrices(u32 address, const u32 (&v)[4]);
 
 Vector4 load_fresh_16(const void* pointer);
@@ -159,10 +155,6 @@ inline void copy_last_box(u32 target, const TensorMap& map, u32 barrier, int c0,
 }
 void copy_box(u32 target, const TensorMap& map, u32 barrier, int c0, int c1, int c2, int c3, int c4);
 void copy_in(u32 target, const void* source, u32 bytes, u32 barrier);
-void copy_out(void* target, u32 source, u32 bytes);
-void copies_out_commit();
-void copies_out_read();
-void copies_out_done();
 void copy_box_to(u32 blocks, u32 target, const TensorMap& map, u32 barrier, int c0, int c1, int c2);
 
 // gather.cuh

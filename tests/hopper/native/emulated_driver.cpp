@@ -10,7 +10,6 @@
 #include "gemm1_split.cu"
 #include "gemm2_decode.cu"
 #include "gemm2_prefill.cu"
-#include "gemm2_stationary.cu"
 #include "gemm2_turns.cu"
 #include "prologue.cu"
 #include "topk_sum.cu"
@@ -39,12 +38,8 @@ void enter(const std::string& name, void** values) {
 #define ENTRY(entry) \
     if (name == #entry) return call(entry, values)
     ENTRY(glm_gemm1_row_c1);
-    ENTRY(glm_gemm1_row_c2);
     ENTRY(glm_gemm1_columns_c1);
-    ENTRY(glm_gemm1_columns_c2);
     ENTRY(glm_gemm1_exact_c1);
-    ENTRY(glm_gemm1_row_k64_c1);
-    ENTRY(glm_gemm1_columns_k64_c1);
     ENTRY(glm_gemm1_row_quarter);
     ENTRY(glm_gemm1_row_split);
     ENTRY(glm_gemm1_columns_split);
@@ -54,12 +49,7 @@ void enter(const std::string& name, void** values) {
     ENTRY(glm_gemm2_sum_n256);
     ENTRY(glm_gemm2_ring_n128);
     ENTRY(glm_gemm2_ring_n256);
-    ENTRY(glm_gemm2_turns_n256);
     ENTRY(glm_gemm2_turns_lanes_n256);
-    ENTRY(glm_gemm2_stationary_t640);
-    ENTRY(glm_gemm2_stationary_t512);
-    ENTRY(glm_gemm2_stationary_t640_c2);
-    ENTRY(glm_gemm2_stationary_t512_c2);
     ENTRY(glm_gemm1_decode_t8);
     ENTRY(glm_gemm1_decode_t16);
     ENTRY(glm_gemm1_decode_t32);

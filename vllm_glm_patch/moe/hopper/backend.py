@@ -6,7 +6,6 @@ the rest:
 
     many tokens, intermediate_size 192   gemm1_row · gemm2_sum (top_k other than 8)
     many tokens, wider                   gemm1_columns · (Triton) requantise · gemm2_sum
-    many tokens, by name only            the same GEMM1 · gemm2_stationary, which has no partials
     many tokens                          the same GEMM1 · gemm2_ring, which reads partials through shared memory, or
                                          gemm2_turns, which also sends them off that way
     few tokens                           gemm1_decode · gemm2_decode · topk_sum
@@ -18,6 +17,7 @@ It serves where it is asked for, by the setting or by a tuned table (backends.py
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -28,7 +28,7 @@ from .. import routing, tables
 from ..dispatch import Card, Config, Gemm1, Gemm2
 from ..pipeline import Pass, Tensors
 from ..problem import Problem
-from ..routing import SMALL_PAIRS, bands_of
+from ..routing import bands_of
 from ..workspace import Layout, layout
 from .errors import HopperError
 from .library import loader
@@ -43,19 +43,18 @@ SUM_TOKENS = 32  # of one sum item of GEMM2 by slices
 DECODE_WIDTH = 1536  # the widest rows that glm_gemm2_decode_* holds
 TRITON = "triton"  # as HopperConfig.gemm1 and .prologue
 SLICED = (Family.GEMM2, Family.GEMM2_RING)  # GEMM2 with the sum by slices of columns, whose partials lie in memory
-MANY = (*SLICED, Family.GEMM2_STATIONARY)  # GEMM2 with the sum, for many tokens
 RING_TOP_K = 8  # the choices that Family.GEMM2_RING adds up; abi.h's ring_choices
 RING_COLUMNS = 256  # of which its slices are a multiple; abi.h's ring_columns
 PROLOGUES = (TRITON, "native", "native_c1", "native_c8")
 PROLOGUE_EXPERTS = 511  # the most that glm_prologue_* counts; abi.h's prologue_experts
+_logger = logging.getLogger("vllm_glm_patch")
 
 
 @dataclass(frozen=True)
 class HopperConfig:
     """Kernels by name. `slice` × `band`: columns × tokens whose partials exist at once, a phase; slice is a power of two; band
     0, or no less than the tokens there are, means all of them; `slots`: phases in flight; the three for
-    glm_gemm2_sum_*, …_ring_* and …_turns_* only: glm_gemm2_stationary_* has no use for the first two, and its band, if given,
-    is its own.
+    glm_gemm2_sum_*, …_ring_* and …_turns_* only.
     `programmatic`: a kernel that knows how may start while the one before it ends, be that one of the prologue.
     `weight_promotion`: bytes that L2 fetches at once for weights, 128 or 256. `prologue`: "triton" or "native", whose routing
     is done by one block or a cluster as the pairs are few or many; "native_c1" and "native_c8" take either for any number.
@@ -156,13 +155,36 @@ def told(entry: Mapping[str, Any]) -> HopperConfig | None:
 
 @functools.lru_cache(maxsize=4096)
 def choose(problem: Problem, card: Card) -> HopperConfig:
-    """The configuration for a problem: what a table's entry tells, else the rules of thumb."""
+    """The configuration for a problem: what a table's entry tells, where its kernels exist, else the rules of thumb."""
     entry = tables.entry(problem, card)
     found = told(entry) if entry is not None and entry.get("backend") == "hopper" else None
+    if found is not None and (unknown := _unknown(found)):
+        _warn_of_unknown(unknown)
+        found = None
     return found or default_config(problem)
 
 
+def _unknown(config: HopperConfig) -> tuple[str, ...]:
+    """Kernels of a configuration that this release does not have: another release's table may name them."""
+    try:
+        there = loader().native.by_name
+    except HopperError:
+        return ()  # nothing is served by native kernels here, and why_not says so
+    return tuple(name for name in (config.gemm1, config.gemm2) if name != TRITON and name not in there)
+
+
+@functools.lru_cache(maxsize=64)
+def _warn_of_unknown(names: tuple[str, ...]) -> None:
+    """Once for each: entries of many counts name the same kernels, and many counts have the same entry."""
+    _logger.warning(
+        "A tuned table names %s, which this release of vllm-glm-patch does not have: what it says there is left out, and the "
+        "rules of thumb choose among the native kernels that there are. Tune again, or remove these entries.",
+        " and ".join(names),
+    )
+
+
 tables.when_changed(choose.cache_clear)
+tables.when_changed(_warn_of_unknown.cache_clear)
 
 
 def triton_config(problem: Problem, config: HopperConfig, native: Native) -> Config:
@@ -173,23 +195,16 @@ def triton_config(problem: Problem, config: HopperConfig, native: Native) -> Con
     """
     second = _kernel(native, config.gemm2)
     first = None if config.gemm1 == TRITON else _kernel(native, config.gemm1)
-    if first is None and second.family not in (*MANY, Family.GEMM2_DECODE):
+    if first is None and second.family not in (*SLICED, Family.GEMM2_DECODE):
         raise HopperError(f"{second.name} is no GEMM2.")
-    if second.band and config.band not in (0, second.band):
-        raise HopperError(
-            f"HopperConfig(band={config.band}) does not fit {second.name}, whose band is {second.band} tokens; leave band out."
-        )
     if second.family is Family.GEMM2_RING and (problem.top_k != RING_TOP_K or config.slice % RING_COLUMNS):
         raise HopperError(
             f"{second.name} adds up {RING_TOP_K} choices a token of slices that are a multiple of {RING_COLUMNS} columns, and"
             f" there are {problem.top_k} choices and slices of {config.slice}; choose glm_gemm2_sum_n{second.tile_columns}."
         )
     # The tiles of Triton's GEMM1 are those that were fastest at 8192 and 64 tokens on an H100 (moe/tuned).
-    if second.family in MANY and (first is None or first.family is Family.GEMM1):
-        if second.family in SLICED:
-            gemm2 = Gemm2("fused", second.tile_rows, strip=128, slice=config.slice, slots=config.slots, requantise=True)
-        else:
-            gemm2 = Gemm2("stationary", second.tile_rows, requantise=True, band=second.band)
+    if second.family in SLICED and (first is None or first.family is Family.GEMM1):
+        gemm2 = Gemm2("fused", second.tile_rows, strip=128, slice=config.slice, slots=config.slots, requantise=True)
         whole_rows = problem.intermediate_size == ROW_WIDTH if first is None else _writes_rows(first)
         kind: Literal["row", "tile"] = "row" if whole_rows else "tile"
         gemm1 = Gemm1(kind, first.tile_rows) if first else Gemm1(kind, 128, 64, 128, group=1, warps=8, stages=3)
@@ -205,8 +220,8 @@ def triton_config(problem: Problem, config: HopperConfig, native: Native) -> Con
 
 
 def band_of(config: HopperConfig, shared: Config) -> int:
-    """Tokens of a band, of which the kernels for few tokens know nothing. One kernel has its own."""
-    return {"fused": config.band, "stationary": shared.gemm2.band}.get(shared.gemm2.kind, 0)
+    """Tokens of a band, of which the kernels for few tokens know nothing."""
+    return config.band if shared.gemm2.kind == "fused" else 0
 
 
 def prologue_of(problem: Problem, config: HopperConfig, native: Native) -> Kernel | None:
@@ -224,16 +239,10 @@ def layout_of(problem: Problem, config: HopperConfig, shared: Config) -> Layout:
     Raises:
         HopperError: a band is not a whole number of routing's chunks.
     """
-    own = shared.gemm2.band
-    what = f"{config.gemm2}, whose band is {own} tokens," if own else f"HopperConfig(band={config.band})"
-    if own and problem.tokens > own and problem.pairs <= SMALL_PAIRS:
-        raise HopperError(
-            f"{what} cannot serve {problem.tokens} tokens of {problem.pairs} pairs, which routing puts into one band."
-        )
     try:
         return layout(problem, shared, band_of(config, shared))
     except ValueError as error:
-        raise HopperError(f"{what} cannot serve {problem.tokens} tokens: {error}.") from None
+        raise HopperError(f"HopperConfig(band={config.band}) cannot serve {problem.tokens} tokens: {error}.") from None
 
 
 def by_bands(problem: Problem, config: HopperConfig, native: Native | None = None) -> bool:
@@ -326,7 +335,7 @@ class HopperPass:
             self._launch(self._first)
 
     def _requantises(self) -> bool:
-        return self._second.family in MANY and self._pass.config.gemm1.kind != "row"
+        return self._second.family in SLICED and self._pass.config.gemm1.kind != "row"
 
     def _sums(self) -> list[Kernel]:
         if self._second.family is not Family.GEMM2_DECODE:

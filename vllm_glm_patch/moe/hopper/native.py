@@ -22,15 +22,13 @@ class Family(enum.IntEnum):
     GEMM1_DECODE = 2
     GEMM2_DECODE = 3
     SUM = 4
-    GEMM2_STATIONARY = 5
-    PROLOGUE = 6
-    GEMM2_RING = 7
+    PROLOGUE = 5
+    GEMM2_RING = 6
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One row of abi.h's table. `number` is its place there; tile_rows is the BLOCK_M of the tile list that it reads; band:
-    tokens of the bands that the list goes by, where the kernel and not its caller says it, else 0."""
+    """One row of abi.h's table. `number` is its place there; tile_rows is the BLOCK_M of the tile list that it reads."""
 
     number: int
     name: str
@@ -39,7 +37,6 @@ class Kernel:
     tile_rows: int
     tile_columns: int
     cluster: int
-    band: int = 0
 
 
 @dataclass(frozen=True)
@@ -127,7 +124,6 @@ class _Kernel(C.Structure):
         ("tile_rows", C.c_int32),
         ("tile_columns", C.c_int32),
         ("cluster", C.c_int32),
-        ("band", C.c_int32),
     ]
 
 
@@ -177,7 +173,7 @@ class Native:
         while self._library.glm_hopper_kernel(len(rows), C.byref(row)):
             family = Family(row.family)
             names = row.name.decode(), row.source.decode()
-            rows.append(Kernel(len(rows), *names, family, row.tile_rows, row.tile_columns, row.cluster, row.band))
+            rows.append(Kernel(len(rows), *names, family, row.tile_rows, row.tile_columns, row.cluster))
         return tuple(rows)
 
     def open(self, driver: str = DRIVER) -> None:
