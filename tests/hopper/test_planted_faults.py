@@ -313,7 +313,6 @@ _FAULTS = [
     *(
         (name, _TURNS, "glm_gemm2_turns_lanes_n256", text, other)
         for name, text, other in (
-            ("partials sent before every lane has written", "warp_sync();  // every lane has written", ""),
             ("partials told before every lane has stored", "warp_sync();  // every lane has stored", ""),
             ("the pair of another warp's row", "p.rows[first_row + sent_row]", "p.rows[first_row + lane]"),
             (
