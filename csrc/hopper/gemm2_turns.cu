@@ -232,7 +232,7 @@ struct Turns {
                             const i64 place = static_cast<i64>(shuffle(sent_pair, row) - first_pair) * p.slice;
                             const Vector4 columns = load_shared_16(staging + row * staging_pitch + 16 * vector);
                             if (static_cast<int>(warp_row) + row < size) {
-                                store_16(slot + place + part * staging_columns + 8 * vector, columns);
+                                store_kept_16(slot + place + part * staging_columns + 8 * vector, columns);
                             }
                         }
                     }

@@ -190,6 +190,14 @@ GLM_DEVICE Float2 load_constant_2(const float* pointer) {
     return v;
 }
 GLM_DEVICE void store_16(void* pointer, Vector4 v) { *static_cast<Vector4*>(pointer) = v; }
+// What is read again before long: leaves L2 last.
+GLM_DEVICE void store_kept_16(void* pointer, Vector4 v) {
+    u64 policy;
+    asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile("st.global.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(pointer), "r"(v.word[0]), "r"(v.word[1]),
+                 "r"(v.word[2]), "r"(v.word[3]), "l"(policy)
+                 : "memory");
+}
 // What nobody reads soon: leaves L2 first, so that it does not displace partial results.
 GLM_DEVICE void store_last_16(void* pointer, Vector4 v) {
     asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(pointer), "r"(v.word[0]), "r"(v.word[1]), "r"(v.word[2]),

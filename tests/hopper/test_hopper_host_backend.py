@@ -159,6 +159,47 @@ def test_the_default_rules_fit_the_sizes_they_are_for(native: Native) -> None:
     assert default_config(Problem(8192, top_k=6)).gemm2 == "glm_gemm2_sum_n256"
 
 
+def test_a_tables_slots_fit_the_counts_that_its_entry_reaches(native: Native, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_glm_patch.moe import tables
+    from vllm_glm_patch.moe.dispatch import Card
+    from vllm_glm_patch.moe.hopper import backend
+
+    card = Card("NVIDIA H100 80GB HBM3", 132, 232448, (9, 0))
+    entry = {
+        "backend": "hopper",
+        "gemm1": "glm_gemm1_row_split",
+        "gemm2": "glm_gemm2_turns_lanes_n256",
+        "slice": 256,
+        "slots": 6,
+    }
+    monkeypatch.setattr(tables, "entry", lambda problem, card: entry)
+    backend.choose.cache_clear()
+    try:
+        chosen = {tokens: backend.choose(Problem(tokens), card) for tokens in (4096, 5792, 8192, 65536)}
+    finally:
+        backend.choose.cache_clear()
+    assert {tokens: found.slots for tokens, found in chosen.items()} == {4096: 6, 5792: 4, 8192: 3, 65536: 2}
+    for tokens in (4096, 5792, 8192):
+        assert backend.workspace_bytes(Problem(tokens), chosen[tokens], native) <= 140e6
+
+
+@pytest.mark.parametrize(("triton", "rows"), [("3.3.1", 16), ("3.4.0", 16), ("3.5.0", 8), ("3.6.0+git1234", 8)])
+def test_tritons_gemm1_has_tiles_that_this_triton_multiplies(
+    native: Native, monkeypatch: pytest.MonkeyPatch, triton: str, rows: int
+) -> None:
+    from vllm_glm_patch.moe.hopper import backend
+
+    monkeypatch.setattr("triton.__version__", triton)
+    backend.least_rows.cache_clear()
+    try:
+        few = backend.triton_config(Problem(32), config("triton", "glm_gemm2_decode_t8"), native)
+        more = backend.triton_config(Problem(300), config("triton", "glm_gemm2_decode_t32"), native)
+    finally:
+        backend.least_rows.cache_clear()
+    assert (few.gemm1.block_m, few.gemm2.block_m) == (rows, 8)
+    assert (more.gemm1.block_m, more.gemm2.block_m) == (32, 32)
+
+
 def test_by_bands_the_workspace_stays_small(native: Native) -> None:
     from vllm_glm_patch.moe.hopper.backend import default_config, layout_of, triton_config, workspace_bytes
 

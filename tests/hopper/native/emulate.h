@@ -97,6 +97,7 @@ inline void not_before(int&) {}
 void ask_for_line(const u8* pointer);
 Float2 load_constant_2(const float* pointer);
 void store_16(void* pointer, Vector4 value);
+inline void store_kept_16(void* pointer, Vector4 value) { store_16(pointer, value); }
 inline void store_last_16(void* pointer, Vector4 value) { store_16(pointer, value); }
 void store_8(void* pointer, Vector2 value);
 int atomic_next(int* counter);

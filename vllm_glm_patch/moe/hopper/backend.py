@@ -19,10 +19,11 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
+from packaging.version import Version
 
 from .. import routing, tables
 from ..dispatch import Card, Config, Gemm1, Gemm2
@@ -138,13 +139,13 @@ def default_of_many(problem: Problem) -> HopperConfig:
         return HopperConfig(gemm1, "glm_gemm2_sum_n256", 256, 2, prologue="native")
     # In rows of more than one stage the warpgroups that take turns copy their weights twice.
     gemm2 = f"glm_gemm2_{'turns_lanes' if whole_rows else 'ring'}_n256"
-    return HopperConfig(gemm1, gemm2, RING_COLUMNS, _slots(problem), prologue="native")
+    return _fitted(problem, HopperConfig(gemm1, gemm2, RING_COLUMNS, problem.hidden_size // RING_COLUMNS, prologue="native"))
 
 
-def _slots(problem: Problem) -> int:
-    """Phases in flight of RING_COLUMNS columns: as many as SLOT_BYTES hold, so that products seldom wait for a slot."""
-    fit = SLOT_BYTES // (2 * problem.pairs * RING_COLUMNS)
-    return max(2, min(fit, problem.hidden_size // RING_COLUMNS))
+def _fitted(problem: Problem, config: HopperConfig) -> HopperConfig:
+    """With no more slots than SLOT_BYTES hold, but two: a table's entry also serves counts up to twice its own."""
+    rows = problem.pairs if config.band == 0 else min(problem.pairs, config.band * problem.top_k)
+    return replace(config, slots=min(config.slots, max(2, SLOT_BYTES // (2 * rows * config.slice))))
 
 
 def told(entry: Mapping[str, Any]) -> HopperConfig | None:
@@ -161,7 +162,7 @@ def choose(problem: Problem, card: Card) -> HopperConfig:
     if found is not None and (unknown := _unknown(found)):
         _warn_of_unknown(unknown)
         found = None
-    return found or default_config(problem)
+    return _fitted(problem, found) if found else default_config(problem)
 
 
 def _unknown(config: HopperConfig) -> tuple[str, ...]:
@@ -210,13 +211,22 @@ def triton_config(problem: Problem, config: HopperConfig, native: Native) -> Con
         gemm1 = Gemm1(kind, first.tile_rows) if first else Gemm1(kind, 128, 64, 128, group=1, warps=8, stages=3)
     elif second.family is Family.GEMM2_DECODE and (first is None or first.family is Family.GEMM1_DECODE):
         gemm2 = Gemm2("resident", second.tile_rows, slice=0, requantise=False)
-        gemm1 = Gemm1("stream", first.tile_rows) if first else Gemm1("stream", second.tile_rows, 64, 256, warps=4, stages=5)
+        rows = first.tile_rows if first else max(second.tile_rows, least_rows())
+        gemm1 = Gemm1("stream", rows) if first else Gemm1("stream", rows, 64, 256, warps=4, stages=5)
     else:
         raise HopperError(
             f"{config.gemm1} and {config.gemm2} do not go together: take GEMM1 and GEMM2 either both for few tokens "
             "(…_decode_…) or both for many."
         )
     return Config(gemm1=gemm1, gemm2=gemm2, pdl=config.programmatic)
+
+
+@functools.lru_cache(maxsize=1)
+def least_rows() -> int:
+    """Rows of the least tile that this Triton multiplies: tl.dot of 3.3 and 3.4 refuses fewer than 16 on either side."""
+    import triton
+
+    return 16 if Version(triton.__version__) < Version("3.5.0.dev0") else 8
 
 
 def band_of(config: HopperConfig, shared: Config) -> int:
