@@ -10,6 +10,8 @@ import os
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from packaging.version import Version
+
 from . import tables
 from .problem import Problem
 
@@ -137,10 +139,20 @@ def read_card(index: int | None) -> Card:
     return Card(properties.name, properties.multi_processor_count, shared, (properties.major, properties.minor), index)
 
 
+def triton_from(version: str) -> bool:
+    """Whether this Triton is that version or a later one, a build of its development included."""
+    import triton
+
+    return Version(triton.__version__) >= Version(f"{version}.dev0")
+
+
 @functools.cache
 def dependent_launch() -> bool:
-    """Whether this Triton starts a kernel before its predecessor has ended: from 3.4 on, and not in its interpreter."""
-    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+    """Whether this Triton starts a kernel before its predecessor has ended: from 3.5 on, and not in its interpreter.
+
+    3.4.0 has gdc_wait, but its compiler cannot call it («unexpected keyword argument '_semantic'»).
+    """
+    if os.environ.get("TRITON_INTERPRET", "0") == "1" or not triton_from("3.5.0"):
         return False
     try:
         from triton.backends.nvidia.compiler import CUDAOptions

@@ -23,10 +23,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
-from packaging.version import Version
 
 from .. import routing, tables
-from ..dispatch import Card, Config, Gemm1, Gemm2
+from ..dispatch import Card, Config, Gemm1, Gemm2, triton_from
 from ..pipeline import Pass, Tensors
 from ..problem import Problem
 from ..routing import bands_of
@@ -224,9 +223,7 @@ def triton_config(problem: Problem, config: HopperConfig, native: Native) -> Con
 @functools.lru_cache(maxsize=1)
 def least_rows() -> int:
     """Rows of the least tile that this Triton multiplies: tl.dot of 3.3 and 3.4 refuses fewer than 16 on either side."""
-    import triton
-
-    return 16 if Version(triton.__version__) < Version("3.5.0.dev0") else 8
+    return 8 if triton_from("3.5.0") else 16
 
 
 def band_of(config: HopperConfig, shared: Config) -> int:

@@ -9,7 +9,7 @@ import triton.language as tl
 
 try:
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-except ImportError:  # Triton before 3.4 cannot launch that way: dispatch.dependent_launch says no, and no kernel asks
+except ImportError:  # Triton before 3.5 cannot launch that way: dispatch.dependent_launch says no, and no kernel asks
 
     @triton.jit
     def gdc_wait():
