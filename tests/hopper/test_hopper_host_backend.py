@@ -146,13 +146,13 @@ def test_the_default_rules_fit_the_sizes_they_are_for(native: Native) -> None:
         64: "glm_gemm1_decode_t8",
         128: "glm_gemm1_decode_t16",
         256: "glm_gemm1_decode_t32",
-        1024: "glm_gemm1_decode_t64",
+        1024: "glm_gemm1_row_split",
         8192: "glm_gemm1_row_split",
     }
     # As many slots as 101 MB hold, and never fewer than two.
-    many = {tokens: default_config(Problem(tokens)) for tokens in (1300, 2048, 8192, 65536)}
+    many = {tokens: default_config(Problem(tokens)) for tokens in (500, 1300, 2048, 8192, 65536)}
     assert {chosen.gemm2 for chosen in many.values()} == {"glm_gemm2_turns_lanes_n256"}
-    assert {tokens: chosen.slots for tokens, chosen in many.items()} == {1300: 18, 2048: 12, 8192: 3, 65536: 2}
+    assert {tokens: chosen.slots for tokens, chosen in many.items()} == {500: 20, 1300: 18, 2048: 12, 8192: 3, 65536: 2}
     wide = default_config(Problem(8192, intermediate_size=1536))
     assert (wide.gemm1, wide.gemm2) == ("glm_gemm1_columns_split", "glm_gemm2_ring_n256")
     assert default_config(Problem(1, intermediate_size=3072)).gemm1 == "glm_gemm1_columns_split"
