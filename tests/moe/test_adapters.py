@@ -433,6 +433,20 @@ def test_a_kernel_that_differs_is_not_used_in_this_process_and_one_message_says_
     assert state.summary().startswith("vLLM's own kernel serves all MoE layers")
 
 
+def test_a_kernel_that_triton_refuses_is_told_with_what_is_wrong_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class CompilationError(Exception):
+        pass
+
+    def refuse(call: object) -> torch.Tensor:
+        raise CompilationError("at 42:19:\n    gate = tl.dot(gate_w, x, gate)\n           ^\nshapes should have N >= 16")
+
+    monkeypatch.setattr(serving, "run", refuse)
+    of = layer()
+    function, state = wrapped(of)
+    assert relative_error(call_new(function, of), of.want()) < 0.01  # vLLM's own serves
+    assert state.refused == "self-test of layer 1: CompilationError: at 42:19: shapes should have N >= 16"
+
+
 def test_one_wrong_token_among_many_fails_the_self_test(stand_in: list[int]) -> None:
     of = layer(dataclasses.replace(PROBLEM, tokens=600))
 

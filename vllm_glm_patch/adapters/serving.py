@@ -284,4 +284,7 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """What an error says, in one line: its first, with its last where the first only leads up to it, as Triton's «at 42:19:»
+    before a kernel's text and what is wrong with it."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{lines[0]} {lines[-1].strip()}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
