@@ -13,7 +13,9 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
-COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+from vllm_glm_patch.moe.problem import GLM_SHAPES
+from vllm_glm_patch.tools.bench.kernel import TIMED as COUNTS
+
 CARDS = {"NVIDIA H200": 132, "NVIDIA H100 80GB HBM3": 132, "NVIDIA H20": 78}
 """With their multiprocessors; the last has no table of its own."""
 SHARED_MEMORY = 232448
@@ -30,7 +32,6 @@ def launches(shape: str, tokens: int, card_name: str) -> Iterator[tuple[Any, tup
     from vllm_glm_patch.moe.dispatch import Card
     from vllm_glm_patch.moe.hopper import backend as native
     from vllm_glm_patch.moe.hopper.library import loader
-    from vllm_glm_patch.moe.problem import GLM_SHAPES
     from vllm_glm_patch.moe.workspace import layout
 
     card = Card(card_name, CARDS[card_name], SHARED_MEMORY, (9, 0), 0)
@@ -123,7 +124,7 @@ def main() -> int:
 
     seen: dict[Variant, tuple[Any, str]] = {}
     for card in CARDS:
-        for shape in ("TP8", "EP8", "TP4", "TP2", "TP1"):
+        for shape in GLM_SHAPES:
             for tokens in COUNTS:
                 for kernel, arguments, options in launches(shape, tokens, card):
                     seen.setdefault(variant(kernel, arguments, options), (kernel, f"{card} {shape} {tokens}"))

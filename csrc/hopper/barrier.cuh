@@ -19,15 +19,6 @@ GLM_DEVICE void barrier_expect(u32 barrier, u32 bytes) {
 GLM_DEVICE void barrier_arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// Arrive at the barrier that lies at the same address in another block of the cluster.
-GLM_DEVICE void barrier_arrive_at(u32 barrier, u32 rank) {
-    asm volatile(
-        "{\n\t.reg .b32 remote;\n\t"
-        "mapa.shared::cluster.u32 remote, %0, %1;\n\t"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n\t}" ::"r"(barrier),
-        "r"(rank)
-        : "memory");
-}
 // Stores a value into another block's shared memory, whose barrier, there too, counts it as four bytes of its phase: who has
 // waited for that phase sees the value. Both addresses as they are in this block.
 GLM_DEVICE void send_shared_float(u32 address, float value, u32 barrier, u32 rank) {

@@ -61,15 +61,6 @@ GLM_DEVICE void copy_box(u32 target, const TensorMap& map, u32 barrier, int c0, 
         : "memory");
 }
 
-// The box lands at the same address in every block of the cluster whose bit is set in `blocks`, and each counts it.
-GLM_DEVICE void copy_box_to(u32 blocks, u32 target, const TensorMap& map, u32 barrier, int c0, int c1, int c2) {
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
-        " [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(target),
-        "l"(reinterpret_cast<u64>(&map)), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "h"(static_cast<u16>(blocks))
-        : "memory");
-}
-
 // Bytes in a row, 16 at a time, which the barrier counts.
 GLM_DEVICE void copy_in(u32 target, const void* source, u32 bytes, u32 barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),

@@ -183,6 +183,24 @@ def test_a_tables_slots_fit_the_counts_that_its_entry_reaches(native: Native, mo
         assert backend.workspace_bytes(Problem(tokens), chosen[tokens], native) <= 140e6
 
 
+@pytest.mark.parametrize(
+    "path", sorted((NATIVE.parents[2] / "vllm_glm_patch/moe/tuned").glob("*.json")), ids=lambda path: path.stem
+)
+def test_a_shipped_entry_has_its_slots_at_its_own_count(path: Path) -> None:
+    from vllm_glm_patch.moe import tables
+    from vllm_glm_patch.moe.hopper import backend
+    from vllm_glm_patch.moe.problem import GLM_SHAPES
+
+    shapes, seen = tables.read(path)["shapes"], 0
+    for problem in GLM_SHAPES.values():
+        for tokens, entry in shapes.get(problem.shape_key, {}).items():
+            if entry.get("backend") == "hopper" and "decode" not in entry["gemm2"]:
+                told = backend.told(entry)
+                assert told is not None and backend._fitted(problem.with_tokens(int(tokens)), told) == told
+                seen += 1
+    assert seen > 10
+
+
 @pytest.mark.parametrize(("triton", "rows"), [("3.3.1", 16), ("3.4.0", 16), ("3.5.0", 8), ("3.6.0+git1234", 8)])
 def test_tritons_gemm1_has_tiles_that_this_triton_multiplies(
     native: Native, monkeypatch: pytest.MonkeyPatch, triton: str, rows: int

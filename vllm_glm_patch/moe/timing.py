@@ -21,6 +21,10 @@ class Repeated:
     graph: torch.cuda.CUDAGraph
     repeats: int
 
+    def times(self, replays: int) -> list[float]:
+        """Microseconds of the calls once, in each replay."""
+        return [us / self.repeats for us in replay_times(self.graph, replays)]
+
 
 def capture_long(calls: Sequence[Callable[[], object]]) -> Repeated:
     """One graph that makes all calls in order, again and again where they are short: until it takes LEAST_US."""
@@ -63,5 +67,4 @@ def median_us(calls: Sequence[Callable[[], object]], replays: int = 20) -> float
 
     Different inputs keep few-token timings honest: weights of one input would fit the L2 cache.
     """
-    captured = capture_long(calls)
-    return statistics.median(replay_times(captured.graph, replays)) / (len(calls) * captured.repeats)
+    return statistics.median(capture_long(calls).times(replays)) / len(calls)

@@ -275,7 +275,7 @@ u32 place(u32 linear, u32 width) {
     return linear / width * width + (chunk ^ row) * 16 + linear % 16;
 }
 
-void copy_tensor_box(u32 blocks, u32 target, const TensorMap& map, u32 barrier, std::vector<int> corner) {
+void copy_tensor_box(u32 target, const TensorMap& map, u32 barrier, std::vector<int> corner) {
     const MapFields& m = *reinterpret_cast<const MapFields*>(map.opaque[0]);
     if (static_cast<int>(corner.size()) != m.rank) fail("a box of rank %zu of a map of rank %d", corner.size(), m.rank);
     const bool swizzled = m.element_bytes == 1;
@@ -286,12 +286,7 @@ void copy_tensor_box(u32 blocks, u32 target, const TensorMap& map, u32 barrier, 
     if (target % aligned) fail("a box at shared address %u, want a multiple of %u", target, aligned);
     u32 rows = 1;
     for (int i = 1; i < m.rank; ++i) rows *= m.box[i];
-    Cluster& cluster = *current->block->cluster;
-    std::vector<Block*> targets;
-    for (size_t rank = 0; rank < cluster.blocks.size(); ++rank) {
-        if (blocks >> rank & 1) targets.push_back(cluster.blocks[rank].get());
-    }
-    if (blocks >> cluster.blocks.size()) fail("multicast to blocks %x of a cluster of %zu", blocks, cluster.blocks.size());
+    Block* const block = current->block;
     // Where each 16 bytes of the box lie; null outside the map. They are read when the box lands, zeros where there are none.
     std::vector<const u8*> sources(rows * width / 16);
     for (u32 row = 0; row < rows; ++row) {
@@ -316,22 +311,20 @@ void copy_tensor_box(u32 blocks, u32 target, const TensorMap& map, u32 barrier, 
         const auto found = world->written.find(reinterpret_cast<u64>(source) / 16);
         if (source && found != world->written.end() && current->global_fence_time <= found->second) source = unfenced;
     }
-    for (Block* block : targets) std::memset(shared_at(*block, target, rows * width), poison, rows * width);
-    for (Block* block : targets) {
-        launch_copy([block, target, rows, width, swizzled, barrier, sources] {
-            if (block->running == 0) fail("a box lands in block %d, which has ended", block->index);
-            for (u32 i = 0; i < rows * width; i += 16) {
-                u8* to = shared_at(*block, swizzled ? place(target + i, width) : target + i, 16);
-                if (sources[i / 16]) std::memcpy(to, sources[i / 16], 16);
-                else std::memset(to, 0, 16);
-            }
-            for (u32 granule = 0; granule < rows * width / 16; ++granule) block->granules[(target - shared_start) / 16 + granule] = {};
-            Barrier& counted = barrier_at(*block, barrier);
-            counted.bytes -= rows * width;
-            settle(counted);
-            world->progress = true;
-        });
-    }
+    std::memset(shared_at(*block, target, rows * width), poison, rows * width);
+    launch_copy([block, target, rows, width, swizzled, barrier, sources] {
+        if (block->running == 0) fail("a box lands in block %d, which has ended", block->index);
+        for (u32 i = 0; i < rows * width; i += 16) {
+            u8* to = shared_at(*block, swizzled ? place(target + i, width) : target + i, 16);
+            if (sources[i / 16]) std::memcpy(to, sources[i / 16], 16);
+            else std::memset(to, 0, 16);
+        }
+        for (u32 granule = 0; granule < rows * width / 16; ++granule) block->granules[(target - shared_start) / 16 + granule] = {};
+        Barrier& counted = barrier_at(*block, barrier);
+        counted.bytes -= rows * width;
+        settle(counted);
+        world->progress = true;
+    });
 }
 
 // Bytes (r, 0 … 31) of an operand, checked for the proxy fence.
@@ -772,10 +765,6 @@ void barrier_expect(u32 barrier, u32 bytes) {
     arrive(*current->block, barrier);
 }
 void barrier_arrive(u32 barrier) { arrive(*current->block, barrier); }
-void barrier_arrive_at(u32 barrier, u32 rank) {
-    if (rank >= current->block->cluster->blocks.size()) fail("arrival at block %u of the cluster", rank);
-    arrive(*current->block->cluster->blocks[rank], barrier);
-}
 void send_shared_float(u32 address, float value, u32 barrier, u32 rank) {
     auto& blocks = current->block->cluster->blocks;
     if (rank >= blocks.size()) fail("a value for block %u of the cluster", rank);
@@ -835,19 +824,16 @@ void ask_for_box(const TensorMap& map, int c0, int c1, int c2) {
     }
 }
 void copy_box(u32 target, const TensorMap& map, u32 barrier, int c0, int c1) {
-    copy_tensor_box(1u << current->block->rank, target, map, barrier, {c0, c1});
+    copy_tensor_box(target, map, barrier, {c0, c1});
 }
 void copy_box(u32 target, const TensorMap& map, u32 barrier, int c0, int c1, int c2) {
-    copy_tensor_box(1u << current->block->rank, target, map, barrier, {c0, c1, c2});
+    copy_tensor_box(target, map, barrier, {c0, c1, c2});
 }
 void copy_box(u32 target, const TensorMap& map, u32 barrier, int c0, int c1, int c2, int c3) {
-    copy_tensor_box(1u << current->block->rank, target, map, barrier, {c0, c1, c2, c3});
+    copy_tensor_box(target, map, barrier, {c0, c1, c2, c3});
 }
 void copy_box(u32 target, const TensorMap& map, u32 barrier, int c0, int c1, int c2, int c3, int c4) {
-    copy_tensor_box(1u << current->block->rank, target, map, barrier, {c0, c1, c2, c3, c4});
-}
-void copy_box_to(u32 blocks, u32 target, const TensorMap& map, u32 barrier, int c0, int c1, int c2) {
-    copy_tensor_box(blocks, target, map, barrier, {c0, c1, c2});
+    copy_tensor_box(target, map, barrier, {c0, c1, c2, c3, c4});
 }
 
 void copy_chunk(u32 target, const u8* source) {

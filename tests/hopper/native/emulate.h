@@ -136,7 +136,6 @@ void barrier_init(u32 barrier, u32 arrivals);
 void barrier_init_done();
 void barrier_expect(u32 barrier, u32 bytes);
 void barrier_arrive(u32 barrier);
-void barrier_arrive_at(u32 barrier, u32 rank);
 void send_shared_float(u32 address, float value, u32 barrier, u32 rank);
 void barrier_wait(u32 barrier, u32 parity);
 void named_barrier(int id, int threads);
@@ -156,7 +155,6 @@ inline void copy_last_box(u32 target, const TensorMap& map, u32 barrier, int c0,
 }
 void copy_box(u32 target, const TensorMap& map, u32 barrier, int c0, int c1, int c2, int c3, int c4);
 void copy_in(u32 target, const void* source, u32 bytes, u32 barrier);
-void copy_box_to(u32 blocks, u32 target, const TensorMap& map, u32 barrier, int c0, int c1, int c2);
 
 // gather.cuh
 void copy_chunk(u32 target, const u8* source);

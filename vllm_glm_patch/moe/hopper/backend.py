@@ -29,7 +29,7 @@ from ..dispatch import Card, Config, Gemm1, Gemm2, triton_from
 from ..pipeline import Pass, Tensors
 from ..problem import Problem
 from ..routing import bands_of
-from ..workspace import Layout, layout
+from ..workspace import TOKENS_PER_PASS, Layout, layout
 from .errors import HopperError
 from .library import loader
 from .native import Family, Kernel, Layer, Native, numbers
@@ -37,9 +37,8 @@ from .native import Family, Kernel, Layer, Native, numbers
 CAPABILITY = (9, 0)
 # Rows an expert gets on average up to which a decode kernel reads its weights once: its tallest tile.
 DECODE_ROWS = 64
-FEW_ROWS = (
-    20  # up to which the rules of thumb take one: at 13 it is 7 % faster than row_split and turns_lanes, at 26 11 % slower
-)
+# Up to which the rules of thumb take one: at 13 it is 7 % faster than row_split and turns_lanes, at 26 11 % slower.
+FEW_ROWS = 20
 ROW_WIDTH = 192  # intermediate_size of glm_gemm1_row_*, which holds whole rows
 SLOT_BYTES = 101_000_000  # of partials at once: three slots of 256 columns at 8192 tokens
 SUM_TOKENS = 32  # of one sum item of GEMM2 by slices
@@ -145,9 +144,11 @@ def default_of_many(problem: Problem) -> HopperConfig:
 
 
 def _fitted(problem: Problem, config: HopperConfig) -> HopperConfig:
-    """With no more slots than SLOT_BYTES hold, but two: a table's entry also serves counts up to twice its own."""
+    """With no more slots than SLOT_BYTES hold, but two: a table's entry also serves counts up to twice its own. A pass of more
+    than 8192 tokens may take as much more, as the tuner allows it."""
     rows = problem.pairs if config.band == 0 else min(problem.pairs, config.band * problem.top_k)
-    return replace(config, slots=min(config.slots, max(2, SLOT_BYTES // (2 * rows * config.slice))))
+    most = SLOT_BYTES * max(8192, min(problem.tokens, TOKENS_PER_PASS)) // 8192
+    return replace(config, slots=min(config.slots, max(2, most // (2 * rows * config.slice))))
 
 
 def told(entry: Mapping[str, Any]) -> HopperConfig | None:
