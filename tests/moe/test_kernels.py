@@ -6,10 +6,10 @@ import random
 
 import pytest
 import torch
-from configs import CONFIGS, random_problem, run_guarded, tolerance
+from configs import CONFIGS, TOLERANCE, error_of, random_problem, run_guarded
 
 from vllm_glm_patch.moe.generators import make_inputs
-from vllm_glm_patch.moe.reference import fused_moe, local_experts, relative_error
+from vllm_glm_patch.moe.reference import fused_moe, local_experts
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -24,7 +24,7 @@ def test_matches_the_reference(name, routing, seed, device) -> None:
     if not want.any():
         assert not out.any()
     else:
-        assert relative_error(out, want) < tolerance(inputs.problem)
+        assert error_of(out, inputs) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -34,7 +34,7 @@ def test_collapsed_routing_and_sizes_that_fill_tiles_exactly(name, seed, device)
     problem = Problem(tokens=32, hidden_size=128, intermediate_size=64, experts=4, global_experts=4, top_k=2)
     inputs = make_inputs(problem, seed, "collapsed", device)
     out = run_guarded(inputs, CONFIGS[name])
-    assert relative_error(out, fused_moe(*inputs.positional())) < tolerance(problem)
+    assert error_of(out, inputs) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["pairs", "row, fused", "stream, loop swapped"])
@@ -73,4 +73,4 @@ def test_a_duplicated_expert_counts_twice(name, seed, device) -> None:
     inputs = make_inputs(problem, seed, "spread", device)
     inputs.topk_ids[:, 1] = inputs.topk_ids[:, 0]
     assert (local_experts(inputs.topk_ids, 4, None)[:, 0] == local_experts(inputs.topk_ids, 4, None)[:, 1]).all()
-    assert relative_error(run_guarded(inputs, CONFIGS[name]), fused_moe(*inputs.positional())) < tolerance(problem)
+    assert error_of(run_guarded(inputs, CONFIGS[name]), inputs) < TOLERANCE
