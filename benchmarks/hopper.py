@@ -57,6 +57,8 @@ class Case:
     band: int = 0  # tokens of a band of gemm2_sum; 0: all
     prologue: str = "triton"
     ids: str = "int32"
+    early_steps: int = 0
+    early_items: int = 0
 
     @property
     def text(self) -> str:
@@ -65,8 +67,9 @@ class Case:
         sliced = (f" slice {self.slice}×{self.slots}" if by_slices else "") + ("" if self.programmatic else " no PDL")
         band = f" band {self.band}" if self.band else ""
         prologue = "" if self.prologue == "triton" else f" {self.prologue} prologue"
+        early = f" early {self.early_steps}x{self.early_items}" if self.early_steps or self.early_items else ""
         ids = "" if self.ids == "int32" else f" {self.ids}"
-        kernels = f"{self.gemm1.removeprefix('glm_')} {self.gemm2[4:]}{sliced}{band}{prologue}"
+        kernels = f"{self.gemm1.removeprefix('glm_')} {self.gemm2[4:]}{sliced}{band}{prologue}{early}"
         return f"{self.shape} M={self.tokens} {kernels} {self.routing}{ids}"
 
 
@@ -109,6 +112,7 @@ def checks() -> list[Case]:
         Case("TP8", 1024, quarter, "glm_gemm2_ring_n128", routing="bad", prologue="native"),
         Case("TP8", 1024, quarter, "glm_gemm2_turns_lanes_n256", prologue="native"),
     ]
+    cases += early_checks()
     for gemm2 in (f"glm_gemm2_{name}" for name in ("ring_n128", "ring_n256", "turns_lanes_n256")):
         cases += [
             Case("TP8", 16, "glm_gemm1_row_c1", gemm2, experts=8, routing="collapsed"),
@@ -138,6 +142,20 @@ def checks() -> list[Case]:
         Case("TP8", 700, "glm_gemm1_row_c1", "glm_gemm2_sum_n256", 256, 2, routing="bad", experts=16, band=256),
     ]
     return cases + prologue_checks()
+
+
+def early_checks() -> list[Case]:
+    """Weights asked for before they are known to be needed: for the right experts, for wrong ones, and more than there are."""
+    row, columns, turns = "glm_gemm1_row_split", "glm_gemm1_columns_split", "glm_gemm2_turns_lanes_n256"
+    quarter, early = "glm_gemm1_row_quarter", {"prologue": "native", "early_steps": 8, "early_items": 4}
+    return [
+        Case("TP8", 300, row, turns, **early),
+        Case("TP8", 700, quarter, turns, routing="bad", **early),
+        Case("TP8", 4096, row, turns, routing="skewed", **early),
+        Case("TP8", 700, row, turns, routing="none", experts=16, **early),
+        Case("TP4", 333, columns, "glm_gemm2_ring_n256", experts=16, **{**early, "prologue": "triton"}),
+        Case("EP8", 500, columns, "glm_gemm2_sum_n128", **{**early, "early_steps": 99, "early_items": 99}),
+    ]
 
 
 def prologue_checks() -> list[Case]:
@@ -226,9 +244,13 @@ def gemms_timed(shape: str, tokens: int) -> list[Case]:
     return cases
 
 
-def named(shape: str, tokens: int, gemm1: str, gemm2: str, prologue: str, programmatic: bool) -> list[Case]:
-    """One GEMM1 before each of a list of GEMM2, `name:slicexslots` or `name:slicexslots@band`."""
+def named(shape: str, tokens: int, gemm1: str, gemm2: str, prologue: str, programmatic: bool, early: str = "0x0") -> list[Case]:
+    """One GEMM1 before each of a list of GEMM2, `name:slicexslots` or `name:slicexslots@band`, with each of a list of early
+    weights, `stepsxitems`."""
     cases = []
+    pairs = [word.partition("x") for word in early.split(",")]
+    if not all(steps.isdigit() and items.isdigit() for steps, _, items in pairs):
+        raise SystemExit(f"--early is {early!r}; name each as 4x2, K steps of GEMM1 and items of GEMM2")
     for word in gemm2.split(","):
         name, _, sizes = word.partition(":")
         sliced, _, band = sizes.partition("@")
@@ -239,9 +261,8 @@ def named(shape: str, tokens: int, gemm1: str, gemm2: str, prologue: str, progra
             )
         first = gemm1 if gemm1 == "triton" else f"glm_gemm1_{gemm1}"
         second = f"glm_gemm2_{name}"
-        cases.append(
-            Case(shape, tokens, first, second, int(slice_), int(slots), programmatic, band=int(band or 0), prologue=prologue)
-        )
+        case = Case(shape, tokens, first, second, int(slice_), int(slots), programmatic, band=int(band or 0), prologue=prologue)
+        cases += [dataclasses.replace(case, early_steps=int(steps), early_items=int(items)) for steps, _, items in pairs]
     return cases
 
 
@@ -272,7 +293,15 @@ def config_of(case: Case) -> Any:
     from vllm_glm_patch.moe.hopper.backend import HopperConfig
 
     return HopperConfig(
-        case.gemm1, case.gemm2, case.slice, case.slots, case.programmatic, band=case.band, prologue=case.prologue
+        case.gemm1,
+        case.gemm2,
+        case.slice,
+        case.slots,
+        case.programmatic,
+        band=case.band,
+        prologue=case.prologue,
+        early_steps=case.early_steps,
+        early_items=case.early_items,
     )
 
 
@@ -520,6 +549,7 @@ def main() -> int:
     parser.add_argument("--gemm2", help="time these and nothing else: name:slicexslots[@band],…")
     parser.add_argument("--gemm1", default="row_split", help="with --gemm2: what goes before each")
     parser.add_argument("--prologue", default="native", help="with --gemm2: triton or native")
+    parser.add_argument("--early", default="0x0", help="with --gemm2: stepsxitems,… of weights asked into L2 early")
     parser.add_argument("--alone", action="store_true", help="with --gemm2: no dependent launches")
     parser.add_argument("--shapes", default="TP8")
     parser.add_argument("--tokens", default="8192,1024,64,8,1")
@@ -543,7 +573,9 @@ def main() -> int:
         for shape in options.shapes.split(","):
             for tokens in counts:
                 if options.gemm2:
-                    cases += named(shape, tokens, options.gemm1, options.gemm2, options.prologue, not options.alone)
+                    cases += named(
+                        shape, tokens, options.gemm1, options.gemm2, options.prologue, not options.alone, options.early
+                    )
                 else:
                     cases += timed(shape, tokens)
     cases = [case for case in cases if options.only in case.text]

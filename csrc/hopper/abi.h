@@ -5,7 +5,7 @@
 namespace glm_hopper {
 
 // Grows whenever a name, an argument or a rule below changes; the host refuses a cubin built from another number.
-constexpr int abi_version = 8;
+constexpr int abi_version = 9;
 
 // CUtensorMap as the device sees it: 128 opaque bytes made by cuTensorMapEncodeTiled, passed by value as a
 // `const __grid_constant__` argument. Host code passes its CUtensorMap; size and alignment are the same.
@@ -58,13 +58,16 @@ constexpr MapShape map_shapes[] = {
 //     TensorMap w13_rows (w13_quarters for quarter), const u8* tokens [M, K] FP8, const float* token_scales [M],
 //     const float* w13_scales [E, 2N], void* act [P, N] (FP8 for row, bf16 for columns), float* act_scales [P] (row only;
 //     columns ignores it, pass null), const int* rows [P], const int* tiles, const int* counts, int max_tiles,
-//     int hidden_size, int intermediate_size, int top_k
+//     int hidden_size, int intermediate_size, int top_k, int experts, int early
+//     early: K steps of its first tile's weights that a block asks into L2 before the routing is known (split and quarter only).
+//     guess: for that every expert has one tile, so that item n is expert n's; a wrong one costs bandwidth and nothing else.
 //     split: glm_gemm1_*_split* count tiles in counts[3] and counts[4], zeros before and after (routing.py keeps them).
 // Family::gemm2 (glm_gemm2_sum_*): GEMM2 and the top-k sum in one launch.
 //     TensorMap act_rows, TensorMap w2_rows, const float* act_scales [P], const float* w2_scales [E, K],
 //     const float* topk_weights [P], bf16* partial [slots, band · top_k, slice], const int* local_ids [P], bf16* out [M, K],
 //     const int* rows [P], const int* tiles, const int* counts, int* counters, const int* band_tiles, int tokens,
-//     int max_tiles, int hidden_size, int intermediate_size, int experts, int top_k, int slice, int slots, int band
+//     int max_tiles, int hidden_size, int intermediate_size, int experts, int top_k, int slice, int slots, int band, int early
+//     early: items of a block whose weights it asks into L2 before the launch before has ended, by the same guess.
 //     band: tokens whose partials exist at once, ceil(M / band) bands; 0, or as many as there are or more: one band of all.
 //     tiles: of several bands are listed band by band, and none has rows of two.
 //     band_tiles: [bands] int32, the first tile of each band; not read where there is one.
@@ -74,7 +77,7 @@ constexpr MapShape map_shapes[] = {
 //     const float* act_scales [P], const float* w2_scales [E, K], const float* topk_weights [P],
 //     bf16* partial [slots, band · top_k, slice], const int* local_ids [P], bf16* out [M, K], const int* rows [P],
 //     const int* tiles, const int* counts, int* counters, const int* band_tiles, int tokens, int max_tiles, int hidden_size,
-//     int intermediate_size, int experts, int top_k, int slice, int slots, int band
+//     int intermediate_size, int experts, int top_k, int slice, int slots, int band, int early
 //     all: as of gemm2, but w2_scales of turns aligned to 16.
 // Family::gemm1_decode (glm_gemm1_decode_*):
 //     TensorMap w13_interleaved, const u8* tokens [M, K] FP8, const float* token_scales [M], const float* w13_scales,

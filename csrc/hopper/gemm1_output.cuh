@@ -15,7 +15,8 @@ struct Gemm1Arguments {
     const int* rows;
     const int* tiles;
     const int* counts;
-    int max_tiles, hidden_size, intermediate_size, top_k;
+    int max_tiles, hidden_size, intermediate_size, top_k, experts;
+    int early;  // K steps of the first tiles' weights to ask for before the routing is known; of split and quarter
 };
 
 // Where a warpgroup's 64 rows and COLUMNS columns lie: from grouped row `first_row` on, of which `size` exist, from `column` on.

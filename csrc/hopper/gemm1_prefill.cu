@@ -219,9 +219,10 @@ using namespace glm_hopper;
 #define GLM_GEMM1(name, columns, row, promote, stages)                                                                         \
     GLM_KERNEL(384) name(GLM_MAP w13, const u8* tokens, const float* token_scales, const float* w13_scales, void* act,         \
                          float* act_scales, const int* rows, const int* tiles, const int* counts, int max_tiles,               \
-                         int hidden_size, int intermediate_size, int top_k) {                                                  \
+                         int hidden_size, int intermediate_size, int top_k, int experts, int early) {                          \
         gemm1_prefill<columns, row, promote, stages>(w13, {tokens, token_scales, w13_scales, act, act_scales, rows, tiles,     \
-                                                           counts, max_tiles, hidden_size, intermediate_size, top_k});         \
+                                                           counts, max_tiles, hidden_size, intermediate_size, top_k, experts,  \
+                                                           early});                                                            \
     }
 
 GLM_GEMM1(glm_gemm1_row_c1, 192, true, false, 3)

@@ -8,6 +8,9 @@
 // The other two warpgroups take tiles by turns: one multiplies while the other finishes the tile before. So neither the rings nor
 // the blocks of a cluster wait for one another's ends of tiles.
 //
+// Before the routing is known, a block asks for the first K steps of its first tile's weights (`early`), as if every expert had one
+// tile.
+//
 // A row's scale is its largest value's, of all 192 columns. Each block sends its rows' largest to the three others (st.async, which
 // the receiver's mbarrier counts), a warp to the warp that has the same rows. A warp has two rooms for what it is sent, by turns:
 // who sends for the exchange after the next has received what this warp sent for the next one, and that it has only done
@@ -348,6 +351,12 @@ GLM_DEVICE void gemm1_quarter(const TensorMap& w13, const Gemm1Arguments& p) {
             barrier_init(room.received + 8 * i, 1);
         }
         barrier_init_done();
+    } else if (thread == 32 && block_index() / quarter_blocks < p.experts) {
+        // Nothing is lost but these lines where a tile before this one is of the same expert, or one has none.
+#pragma unroll 1
+        for (int step = 0; step < p.early && step < p.hidden_size / quarter_k_step; ++step) {
+            ask_for_box(w13, step * quarter_k_step, rank * quarter_columns, 0, block_index() / quarter_blocks);
+        }
     }
     cluster_barrier();  // the others' barriers are there, too
     wait_for_previous_launch();
@@ -374,7 +383,7 @@ using namespace glm_hopper;
 GLM_CLUSTER_KERNEL(384, 4)
 glm_gemm1_row_quarter(GLM_MAP w13, const u8* tokens, const float* token_scales, const float* w13_scales, void* act,
                       float* act_scales, const int* rows, const int* tiles, const int* counts, int max_tiles, int hidden_size,
-                      int intermediate_size, int top_k) {
+                      int intermediate_size, int top_k, int experts, int early) {
     gemm1_quarter(w13, {tokens, token_scales, w13_scales, act, act_scales, rows, tiles, counts, max_tiles, hidden_size,
-                        intermediate_size, top_k});
+                        intermediate_size, top_k, experts, early});
 }

@@ -10,6 +10,8 @@
 // memory once. Where no more than half of the blocks would have a last one, those tiles are drawn as halves of 64 rows; else
 // the last tiles are drawn in another order: those that keep both multiplying warpgroups busy first.
 //
+// Before the routing is known, blocks ask for the first K steps that they will read if every expert has one tile (`early`).
+//
 // With AHEAD, what is copied is asked into L2 that many steps before: token rows by each tile, weights by an expert's first.
 //
 // Four warps fill the rings: one thread copies weights, one warp draws tiles and looks up ahead what belongs to them, two
@@ -88,6 +90,19 @@ GLM_DEVICE void split_ask_for_weights(const TensorMap& w13, int step, int half, 
 #pragma unroll
     for (int box = 0; box < split_columns / split_box_rows; ++box) {
         ask_for_box(w13, step * split_k_step, half * width + column + box * split_box_rows, expert);
+    }
+}
+
+// Before the routing is known: item n is expert n's, if each has one tile. If not, these lines come for nothing.
+GLM_DEVICE void split_ask_early(const TensorMap& w13, const Gemm1Arguments& p) {
+    const int blocks = p.intermediate_size / split_columns, item = block_index();
+    if (item >= p.experts * blocks) return;
+#pragma unroll 1
+    for (int step = 0; step < p.early && step < p.hidden_size / split_k_step; ++step) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            split_ask_for_weights(w13, step, half, p.intermediate_size, item % blocks * split_columns, item / blocks);
+        }
     }
 }
 
@@ -320,6 +335,8 @@ GLM_DEVICE void gemm1_split(const TensorMap& w13, const Gemm1Arguments& p, int* 
         }
         barrier_init(room.asked, 1);
         barrier_init_done();
+    } else if (thread == 32) {
+        split_ask_early(w13, p);
     }
     block_barrier();
     wait_for_previous_launch();
@@ -442,10 +459,11 @@ using namespace glm_hopper;
 #define GLM_GEMM1_SPLIT(name, row, ahead)                                                                                      \
     GLM_KERNEL(384)                                                                                                            \
     name(GLM_MAP w13, const u8* tokens, const float* token_scales, const float* w13_scales, void* act, float* act_scales,      \
-         const int* rows, const int* tiles, int* counts, int max_tiles, int hidden_size, int intermediate_size, int top_k) {   \
+         const int* rows, const int* tiles, int* counts, int max_tiles, int hidden_size, int intermediate_size, int top_k,     \
+         int experts, int early) {                                                                                             \
         gemm1_split<row, ahead>(w13,                                                                                           \
                                 {tokens, token_scales, w13_scales, act, act_scales, rows, tiles, counts, max_tiles,            \
-                                 hidden_size, intermediate_size, top_k},                                                       \
+                                 hidden_size, intermediate_size, top_k, experts, early},                                       \
                                 counts + 3);                                                                                   \
     }
 

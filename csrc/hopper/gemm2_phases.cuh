@@ -76,7 +76,8 @@ struct Gemm2Arguments {
     int* counters;
     const int* band_tiles;  // first tile of each band; not read where there is but one
     int tokens, max_tiles, hidden_size, intermediate_size, experts, top_k, slice, slots;
-    int band;  // tokens; 0, or as many as there are or more: one band
+    int band;   // tokens; 0, or as many as there are or more: one band
+    int early;  // items of a block whose weights to ask for before the launch before has ended
 };
 
 // The order of the GEMM items: slices outermost, then tiles (listed band by band), then the COLUMNS-wide parts of a slice.
@@ -100,6 +101,30 @@ struct NoTurns {
 struct ItemSlots {
     u32 full, stored, number, row, size, phase;
 };
+
+// Before the launch before has ended and without its results: the weights of the first items, which are experts 0, 1 …'s if each
+// has one tile. If not, these lines come for nothing. Which block will draw an item does not matter, as all share L2.
+template <int COLUMNS, class Turns>
+GLM_DEVICE void gemm2_ask_early(const TensorMap& w2, const Gemm2Arguments& p) {
+    const i64 items = static_cast<i64>(p.experts) * divide_up(p.hidden_size, p.slice) * (p.slice / COLUMNS);
+#pragma unroll 1
+    for (int i = 0; i < p.early; ++i) {
+        const i64 number = block_index() + static_cast<i64>(i) * grid_size();
+        if (number >= items) return;
+        const Gemm2Item item = gemm2_item(static_cast<int>(number), p.experts, p.slice, COLUMNS);
+        if constexpr (Turns::there) {
+            Turns::ask(w2, p.intermediate_size, item.column, item.tile);
+        } else {
+#pragma unroll 1
+            for (int k = 0; k < p.intermediate_size; k += gemm2_k_step) {
+#pragma unroll
+                for (int box = 0; box < COLUMNS / gemm2_box_rows; ++box) {
+                    ask_for_box(w2, k, item.column + box * gemm2_box_rows, item.tile);
+                }
+            }
+        }
+    }
+}
 
 // CHUNKS: places in the ring of partials; 0: none, they are loaded into registers, and partial_rows is not read.
 // Turns: another way to copy operands and to multiply (gemm2_turns.cu), with Turns::bytes instead of stages.
@@ -153,6 +178,8 @@ GLM_DEVICE void gemm2_sum(const TensorMap& act, const TensorMap& w2, const Tenso
         }
         if constexpr (Turns::there) Turns::init(turn_barriers);
         barrier_init_done();
+    } else if (thread == 32) {
+        gemm2_ask_early<COLUMNS, Turns>(w2, p);
     }
     block_barrier();
     wait_for_previous_launch();

@@ -68,6 +68,11 @@ struct Turns {
         copy_in(ring + scales_offset + slot * scales_bytes, p.w2_scales + static_cast<i64>(expert) * p.hidden_size + column,
                 scales_bytes, item_full + 8 * slot);
     }
+    // Into L2, an item's weights.
+    static GLM_DEVICE void ask(const TensorMap& w2, int width, int column, int expert) {
+#pragma unroll 1
+        for (int stage = 0; stage < width / turn_stage_k; ++stage) ask_for_box(w2, 0, column, stage * turn_steps, expert);
+    }
     // And asks for an item's operands.
     GLM_DEVICE void copy(u32 ring, u32 barriers, const TensorMap& act, const TensorMap& w2, int width, const Gemm2Item& item,
                          int expert, int first_row, int size) {
@@ -256,8 +261,10 @@ GLM_KERNEL(512)
 glm_gemm2_turns_lanes_n256(GLM_MAP act, GLM_MAP w2, GLM_MAP partial_rows, const float* act_scales, const float* w2_scales,
                            const float* topk_weights, u16* partial, const int* local_ids, u16* out, const int* rows,
                            const int* tiles, const int* counts, int* counters, const int* band_tiles, int tokens, int max_tiles,
-                           int hidden_size, int intermediate_size, int experts, int top_k, int slice, int slots, int band) {
+                           int hidden_size, int intermediate_size, int experts, int top_k, int slice, int slots, int band,
+                           int early) {
     gemm2_sum<256, 0, 4, Turns>(act, w2, partial_rows,
                                 {act_scales, w2_scales, topk_weights, partial, local_ids, out, rows, tiles, counts, counters,
-                                 band_tiles, tokens, max_tiles, hidden_size, intermediate_size, experts, top_k, slice, slots, band});
+                                 band_tiles, tokens, max_tiles, hidden_size, intermediate_size, experts, top_k, slice, slots, band,
+                                 early});
 }

@@ -18,6 +18,12 @@ GLM_DEVICE void ask_for_box(const TensorMap& map, int c0, int c1, int c2) {
                  : "memory");
 }
 
+GLM_DEVICE void ask_for_box(const TensorMap& map, int c0, int c1, int c2, int c3) {
+    asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(reinterpret_cast<u64>(&map)),
+                 "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+                 : "memory");
+}
+
 GLM_DEVICE void copy_box(u32 target, const TensorMap& map, u32 barrier, int c0, int c1) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"

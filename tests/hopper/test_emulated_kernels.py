@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,79 @@ def test_kernel_is_right_under_random_timing(check_program: Path, kernel: str, o
     done = run_check(check_program, kernel, seed=SEED, **options)
     assert done.returncode == 0, f"seed={SEED}\n{done.stdout}{done.stderr}"
     assert "ok" in done.stdout
+
+
+# What blocks ask into L2 before they can know, as corners of boxes: item n is expert n's, in the order of the items.
+def _split(width: int, hidden: int, experts: int, grid: int, early: int) -> list[tuple[int, ...]]:
+    blocks = width // 192
+    return [
+        (128 * step, half * width + item % blocks * 192 + box, item // blocks)
+        for item in range(min(grid, experts * blocks))
+        for step in range(min(early, hidden // 128))
+        for half in (0, 1)
+        for box in (0, 96)
+    ]
+
+
+def _quarter(width: int, hidden: int, experts: int, grid: int, early: int) -> list[tuple[int, ...]]:
+    return [
+        (128 * step, 48 * rank, 0, expert)
+        for expert in range(min(grid // 4, experts))
+        for rank in range(4)
+        for step in range(min(early, hidden // 128))
+    ]
+
+
+def _second(columns: int, hidden: int, slice_: int, experts: int, items: int) -> Iterator[tuple[int, int]]:
+    """(expert, column) of the first items: slice by slice, expert by expert, part by part."""
+    whole = (
+        (expert, column)
+        for first in range(0, hidden, slice_)
+        for expert in range(experts)
+        for column in range(first, first + slice_, columns)
+    )
+    return itertools.islice(whole, items)
+
+
+def _turns(width: int, hidden: int, experts: int, grid: int, early: int) -> list[tuple[int, ...]]:
+    items = _second(256, hidden, 256, experts, grid * early)
+    return [(0, column, 3 * stage, expert) for expert, column in items for stage in range(width // 192)]
+
+
+def _ring(width: int, hidden: int, experts: int, grid: int, early: int) -> list[tuple[int, ...]]:
+    items = _second(128, hidden, 256, experts, grid * early)
+    return [(k, column, expert) for expert, column in items for k in range(0, width, 128)]
+
+
+def _sum(width: int, hidden: int, experts: int, grid: int, early: int) -> list[tuple[int, ...]]:
+    items = _second(256, hidden, 256, experts, grid * early)
+    return [(k, column + box, expert) for expert, column in items for k in range(0, width, 128) for box in (0, 128)]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "expected", "shape"),
+    [
+        ("gemm1_row_split", _split, {"hidden": 512, "grid": 5, "early": 2}),
+        ("gemm1_row_split", _split, {"hidden": 256, "grid": 9, "early": 6}),  # fewer steps and experts
+        ("gemm1_columns_split", _split, {"hidden": 512, "width": 384, "grid": 5, "early": 1}),
+        ("gemm1_row_quarter", _quarter, {"hidden": 512, "grid": 8, "early": 3}),
+        ("gemm1_row_quarter", _quarter, {"hidden": 256, "grid": 32, "early": 9}),
+        ("gemm2_turns_lanes_n256", _turns, {"hidden": 512, "grid": 4, "early": 2}),
+        ("gemm2_turns_lanes_n256", _turns, {"hidden": 512, "width": 384, "grid": 5, "early": 5}),  # fewer items
+        ("gemm2_ring_n128", _ring, {"hidden": 512, "grid": 4, "early": 3}),
+        ("gemm2_sum_n256", _sum, {"hidden": 512, "width": 384, "grid": 3, "early": 2}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_weights_asked_for_early_are_those_of_the_first_items_and_change_no_result(
+    check_program: Path, kernel: str, expected: Callable[..., list[tuple[int, ...]]], shape: dict[str, int]
+) -> None:
+    shape = {"width": 192, "experts": 6, "top_k": 8, "tokens": 30, **shape}
+    done = run_check(check_program, f"glm_{kernel}", seed=SEED, **shape)
+    assert done.returncode == 0, f"seed={SEED}\n{done.stdout}{done.stderr}"
+    lines = [line for line in done.stdout.splitlines() if line.startswith("asked")]
+    asked = sorted(tuple(map(int, line.split()[1:])) for line in lines)
+    assert asked == sorted(expected(**{name: shape[name] for name in ("width", "hidden", "experts", "grid", "early")}))
 
 
 @pytest.mark.parametrize("timing", [0, 1], ids=["eager", "late"])

@@ -62,6 +62,16 @@ def test_the_native_prologue_is_checked_and_timed_at_every_count(benchmark: Modu
             assert configured == replace(default_config(problem.with_tokens(tokens)), prologue="triton")
 
 
+def test_weights_asked_for_early_are_checked_in_every_kernel_that_asks(benchmark: ModuleType) -> None:
+    early = [case for case in benchmark.checks() if case.early_items]
+    assert {case.gemm1.split("_")[3] for case in early} == {"split", "quarter"}
+    assert {case.gemm2.split("_")[2] for case in early} == {"turns", "ring", "sum"}
+    assert all(case.early_steps and f" early {case.early_steps}x{case.early_items} " in case.text for case in early)
+    timed = benchmark.named("TP8", 1024, "row_split", "turns_lanes_n256:256x8", "native", True, "0x0,4x2")
+    assert [(case.early_steps, case.early_items) for case in timed] == [(0, 0), (4, 2)]
+    assert len({case.text for case in timed}) == 2
+
+
 def test_quarters_of_tiles_are_timed_from_256_to_2048_tokens_with_and_without_an_early_start(benchmark: ModuleType) -> None:
     for tokens in (64, 256, 512, 1024, 2048, 4096):
         quarters = [case for case in benchmark.timed("TP8", tokens) if "_quarter" in case.gemm1]

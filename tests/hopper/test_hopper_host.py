@@ -72,6 +72,7 @@ def layer(**changes: int) -> Layer:
     values |= {"w13_stride": 2 * WIDTH * HIDDEN, "w2_stride": WIDTH * HIDDEN, "tokens_count": TOKENS, "hidden_size": HIDDEN}
     values |= {"intermediate_size": WIDTH, "experts": EXPERTS, "top_k": TOP_K, "max_tiles": 416, "slice": 512, "slots": 3}
     values |= {"band": 128, "global_experts": EXPERTS, "tile_rows_1": 8, "tile_rows_2": 16, "wide_ids": 1}
+    values |= {"early_steps": 6, "early_items": 7}
     return Layer(**{**values, "programmatic": 1, **changes})
 
 
@@ -154,21 +155,21 @@ def test_every_kernel_is_launched_as_abi_h_says(row, native: Native, mock: Mock)
 EXPECTED = {
     "glm_gemm1_row_c1": (
         None, "tokens", "token_scales", "w13_scales", "act_quantised", "act_scales", "rows", "tiles", "counts", "max_tiles",
-        "hidden_size", "intermediate_size", "top_k",
+        "hidden_size", "intermediate_size", "top_k", "experts", "early_steps",
     ),
     "glm_gemm1_columns_c1": (
         None, "tokens", "token_scales", "w13_scales", "act", 0, "rows", "tiles", "counts", "max_tiles", "hidden_size",
-        "intermediate_size", "top_k",
+        "intermediate_size", "top_k", "experts", "early_steps",
     ),
     "glm_gemm2_sum_n128": (
         None, None, "act_scales", "w2_scales", "topk_weights", "partial", "local_ids", "out", "rows", "tiles + 3 * max_tiles",
         "counts", "counts + 3", "band_tiles", "tokens_count", "max_tiles", "hidden_size", "intermediate_size", "experts",
-        "top_k", "slice", "slots", "band",
+        "top_k", "slice", "slots", "band", "early_items",
     ),
     "glm_gemm2_ring_n256": (
         None, None, None, "act_scales", "w2_scales", "topk_weights", "partial", "local_ids", "out", "rows",
         "tiles + 3 * max_tiles", "counts", "counts + 3", "band_tiles", "tokens_count", "max_tiles", "hidden_size",
-        "intermediate_size", "experts", "top_k", "slice", "slots", "band",
+        "intermediate_size", "experts", "top_k", "slice", "slots", "band", "early_items",
     ),
     "glm_gemm1_decode_t8": (
         None, "tokens", "token_scales", "w13_scales", "act", "rows", "tiles", "counts", "max_tiles", "hidden_size",

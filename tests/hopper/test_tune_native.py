@@ -49,6 +49,20 @@ def test_each_stage_goes_on_from_the_best_so_far(table: Native) -> None:
     assert len(clock.wholes) == len(set(clock.wholes)) < 40
 
 
+@pytest.mark.parametrize(("tokens", "tried"), [(512, True), (8192, False)])
+def test_weights_are_asked_for_early_where_an_expert_fills_one_tile(table: Native, tokens: int, tried: bool) -> None:
+    def us(config: object) -> float:
+        if isinstance(config, Config) or "_decode_" in config.gemm2:
+            return 1000.0
+        return 10 * ("_quarter" not in config.gemm1) - config.early_steps / 4 - config.early_items
+
+    best, clock = fastest(GLM_SHAPES["TP8"].with_tokens(tokens), table, us)
+    assert isinstance(best, HopperConfig)
+    # A quarter of a tile: four times the steps.
+    assert (best.gemm1, best.early_steps, best.early_items) == ("glm_gemm1_row_quarter", *((32, 4) if tried else (0, 0)))
+    assert any(isinstance(config, HopperConfig) and config.early_items for config in clock.wholes) == tried
+
+
 def test_what_runs_now_stays_where_no_native_kernel_is_faster(table: Native) -> None:
     best, clock = fastest(GLM_SHAPES["TP8"].with_tokens(8192), table, lambda config: 1 + isinstance(config, HopperConfig))
     assert isinstance(best, Config)
@@ -96,6 +110,8 @@ def test_an_entry_freezes_the_whole_configuration_and_is_read_back(table: Native
         "weight_promotion": 128,
         "band": 0,
         "prologue": "native",
+        "early_steps": 0,
+        "early_items": 0,
     }
     assert backend.told(entry) == config
     tune._extend(tmp_path / "t.json", H100, problem, config)

@@ -10,7 +10,7 @@ import torch
 from configs import CONFIGS
 
 from vllm_glm_patch.moe import tune
-from vllm_glm_patch.moe.dispatch import Card, Config, Gemm1, Gemm2, read_card
+from vllm_glm_patch.moe.dispatch import Card, Config, Gemm1, Gemm2, choose, read_card
 from vllm_glm_patch.moe.generators import make_weights
 from vllm_glm_patch.moe.problem import Problem
 from vllm_glm_patch.moe.workspace import layout, needs_requantise
@@ -55,6 +55,14 @@ def test_whole_layers_never_mix_fp8_and_bf16_activations() -> None:
     for config in bench.wholes:
         if config.gemm1.kind != "row" and config.gemm2.kind == "loop":
             assert needs_requantise(config)
+
+
+def test_what_runs_now_is_tried_with_dependent_launches_whatever_else_is(monkeypatch) -> None:
+    monkeypatch.setattr(tune, "dependent_launch", lambda: True)
+    bench = FakeBench(Problem(256))
+    monkeypatch.setattr(FakeBench, "time_layer", lambda self, config, replays: 1.0 if config.pdl else 2.0)
+    best = tune.tune_count(bench, lambda row: None, float("inf"), kinds=())
+    assert best == dataclasses.replace(choose(bench.problem, H100), pdl=True)
 
 
 def test_past_the_deadline_nothing_is_tried() -> None:

@@ -353,7 +353,12 @@ def tune_count(
         best.setdefault(group, []).append((us, config))
         report({**row, "us": round(us, 2)})
 
+    dependents = dependent_launch() and card.capability >= (9, 0)
     attempt("as it is", "layer", (hopper if backends.route(problem, card) == "hopper" else dispatch).choose(problem, card))
+    # Whatever `kinds` says: these are the same kernels, and take seconds.
+    triton = [timed for timed in best.get("as it is", []) if isinstance(timed[1], Config)]
+    for config in dependent(triton) if dependents else ():
+        attempt("as it is", "layer", config)
     if native is not None and "hopper" in kinds:
         for begin, stages in candidates.families(problem, native):
             family = f"native {begin[0].gemm2}"
@@ -376,7 +381,7 @@ def tune_count(
         found.sort(key=lambda item: item[0])
     for config in combinations(best):
         attempt("layer", "layer", config)
-    if dependent_launch() and card.capability >= (9, 0):
+    if dependents:
         for config in dependent(best.get("layer", []) + best.get("pairs", [])):
             attempt("layer", "layer", config)
     whole += best.get("layer", []) + best.get("pairs", [])[:3]

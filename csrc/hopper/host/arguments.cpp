@@ -24,6 +24,8 @@ Arguments::Arguments(Family family, const GlmHopperLayer& layer, const TensorMap
       add(layer.hidden_size);
       add(layer.intermediate_size);
       add(layer.top_k);
+      add(layer.experts);
+      add(layer.early_steps);
       break;
     case Family::gemm2:
     case Family::gemm2_ring:
@@ -50,6 +52,7 @@ Arguments::Arguments(Family family, const GlmHopperLayer& layer, const TensorMap
       add(layer.slice);
       add(layer.slots);
       add(layer.band);
+      add(layer.early_items);
       break;
     case Family::gemm1_decode:
       add(maps[0]);

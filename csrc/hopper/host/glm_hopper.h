@@ -60,6 +60,8 @@ struct GlmHopperLayer {
   int32_t tile_rows_1;          // of GEMM1's tiles
   int32_t tile_rows_2;          // of GEMM2's
   int32_t wide_ids;
+  int32_t early_steps;          // `early` of GEMM1, and of GEMM2; 0 asks for nothing early
+  int32_t early_items;
 };
 
 struct GlmHopperCacheStats {

@@ -68,7 +68,7 @@ struct Options {
     std::map<std::string, int> values = {
         {"tokens", 40}, {"hidden", 256},  {"width", 192}, {"experts", 3}, {"top_k", 2},  {"grid", 3}, {"seed", 1},
         {"slice", 256}, {"slots", 2},     {"resident", 0}, {"timing", 2}, {"skew", 0},   {"invalid", 10},
-        {"band", 0},  {"silent", 0},      {"schedule", 0}, {"elsewhere", 0}, {"wide", 0}, {"rows1", 8}, {"rows2", 16},
+        {"early", 0}, {"band", 0},  {"silent", 0},      {"schedule", 0}, {"elsewhere", 0}, {"wide", 0}, {"rows1", 8}, {"rows2", 16},
     };
     int operator[](const char* key) const { return values.at(key); }
 };
@@ -226,7 +226,7 @@ bool check_gemm1(Problem& p) {
 #define CALL(entry)                                                                                                              \
     if (name == #entry)                                                                                                          \
     return entry(map, tokens.data, token_scales.data, w13_scales.data, act.data, act_scales.data, p.rows.data, p.tiles.data,     \
-                 p.counts.data, p.max_tiles, p.hidden, p.width, p.top_k)
+                 p.counts.data, p.max_tiles, p.hidden, p.width, p.top_k, p.experts, p.o["early"])
 #if CHECK_FILE(GEMM1_PREFILL)
         CALL(glm_gemm1_row_c1);
         CALL(glm_gemm1_columns_c1);
@@ -391,7 +391,7 @@ bool check_gemm2(Problem& p) {
     if (name == #entry)                                                                                                          \
     return entry(act_map, w2_map, act_scales.data, check.w2_scales.data, check.topk_weights.data, partial.data,                  \
                  p.local_ids.data, out.data, p.rows.data, p.tiles.data, p.counts.data, p.counts.data + 3, p.band_tiles.data,     \
-                 p.tokens, p.max_tiles, p.hidden, p.width, p.experts, p.top_k, slice, slots, p.o["band"])
+                 p.tokens, p.max_tiles, p.hidden, p.width, p.experts, p.top_k, slice, slots, p.o["band"], p.o["early"])
 #if CHECK_FILE(GEMM2_PREFILL)
         CALL(glm_gemm2_sum_n128);
         CALL(glm_gemm2_sum_n256);
@@ -401,7 +401,7 @@ bool check_gemm2(Problem& p) {
     if (name == #entry)                                                                                                          \
     return entry(act_map, w2_map, partial_map, act_scales.data, check.w2_scales.data, check.topk_weights.data, partial.data,     \
                  p.local_ids.data, out.data, p.rows.data, p.tiles.data, p.counts.data, p.counts.data + 3, p.band_tiles.data,     \
-                 p.tokens, p.max_tiles, p.hidden, p.width, p.experts, p.top_k, slice, slots, p.o["band"])
+                 p.tokens, p.max_tiles, p.hidden, p.width, p.experts, p.top_k, slice, slots, p.o["band"], p.o["early"])
 #if CHECK_FILE(GEMM2_PREFILL)
         CALL(glm_gemm2_ring_n128);
         CALL(glm_gemm2_ring_n256);
@@ -640,6 +640,15 @@ int main(int count, char** words) {
     }
     const Kernel& kernel = find(options.kernel);
     Problem problem(options, kernel);
+    // "asked 128 96 0" for each box; nothing else of a kernel says that it asks for what it should.
+    emulate::asked();  // made before, so that it outlives what is registered here
+    std::atexit([] {
+        for (const std::vector<int>& corner : emulate::asked()) {
+            std::printf("asked");
+            for (int at : corner) std::printf(" %d", at);
+            std::printf("\n");
+        }
+    });
     switch (kernel.family) {
         case Family::gemm1:
         case Family::gemm1_decode: return !check_gemm1(problem);

@@ -444,6 +444,11 @@ void check_registers(Cluster& cluster) {
 
 }  // namespace
 
+std::vector<std::vector<int>>& asked() {
+    static std::vector<std::vector<int>> corners;
+    return corners;
+}
+
 void fail(const char* format, ...) {
     std::fprintf(stderr, "%s: ", world ? world->launch.name : "emulator");
     if (current) std::fprintf(stderr, "block %d thread %d: ", current->block->index, current->thread);
@@ -816,13 +821,19 @@ void cluster_barrier() {
     cluster_wait();
 }
 
-void ask_for_box(const TensorMap& map, int c0, int c1, int c2) {
+// Kept, for a check to look at (emulate::asked); a corner must lie in the tensor.
+static void ask_for_tensor_box(const TensorMap& map, std::initializer_list<int> corner) {
     const MapFields& m = *reinterpret_cast<const MapFields*>(map.opaque[0]);
-    const int corner[] = {c0, c1, c2};
-    for (int i = 0; i < 3; ++i) {
-        if (m.rank != 3 || corner[i] < 0 || corner[i] >= m.dims[i]) fail("a box is asked for at %d of dimension %d", corner[i], i);
+    if (m.rank != static_cast<int>(corner.size())) fail("a box of %zu dimensions of a tensor of %d", corner.size(), m.rank);
+    int i = 0;
+    for (int at : corner) {
+        if (at < 0 || at >= m.dims[i]) fail("a box is asked for at %d of dimension %d", at, i);
+        ++i;
     }
+    emulate::asked().emplace_back(corner);
 }
+void ask_for_box(const TensorMap& map, int c0, int c1, int c2) { ask_for_tensor_box(map, {c0, c1, c2}); }
+void ask_for_box(const TensorMap& map, int c0, int c1, int c2, int c3) { ask_for_tensor_box(map, {c0, c1, c2, c3}); }
 void copy_box(u32 target, const TensorMap& map, u32 barrier, int c0, int c1) {
     copy_tensor_box(target, map, barrier, {c0, c1});
 }

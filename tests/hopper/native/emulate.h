@@ -9,6 +9,7 @@
 #pragma once
 
 #include <functional>
+#include <vector>
 
 #include "abi.h"
 
@@ -45,6 +46,9 @@ struct Launch {
 };
 // Runs kernel() in every thread of every block. Ends the process with a message on any error.
 void run(const Launch& launch, const std::function<void()>& kernel);
+
+// Corners of the boxes that were asked into L2, since the process began.
+std::vector<std::vector<int>>& asked();
 
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
@@ -147,6 +151,7 @@ void cluster_wait();
 // tma.cuh
 inline void prefetch_map(const TensorMap&) {}
 void ask_for_box(const TensorMap& map, int c0, int c1, int c2);
+void ask_for_box(const TensorMap& map, int c0, int c1, int c2, int c3);
 void copy_box(u32 target, const TensorMap& map, u32 barrier, int c0, int c1);
 void copy_box(u32 target, const TensorMap& map, u32 barrier, int c0, int c1, int c2);
 void copy_box(u32 target, const TensorMap& map, u32 barrier, int c0, int c1, int c2, int c3);

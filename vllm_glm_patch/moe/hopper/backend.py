@@ -61,9 +61,12 @@ class HopperConfig:
     `weight_promotion`: bytes that L2 fetches at once for weights, 128 or 256. `prologue`: "triton" or "native", whose routing
     is done by one block or a cluster as the pairs are few or many; "native_c1" and "native_c8" take either for any number.
     Triton's serves anyway where there are more than PROLOGUE_EXPERTS experts.
+    `early_steps`, `early_items`: K steps of GEMM1's first tiles and items of GEMM2 a block, whose weights the kernels for many
+    tokens ask into L2 while what runs before them ends, as if every expert had one tile: before they can know.
 
     Raises:
-        ValueError: band is negative or not a multiple of 32, or there is no such prologue.
+        ValueError: band is negative or not a multiple of 32, early_steps or early_items are negative, or there is no such
+            prologue.
     """
 
     gemm1: str
@@ -74,6 +77,8 @@ class HopperConfig:
     weight_promotion: int = 128
     band: int = 0
     prologue: str = TRITON
+    early_steps: int = 0
+    early_items: int = 0
 
     def __post_init__(self) -> None:
         """ValueError on what no problem can be served with; what depends on top_k comes with the problem."""
@@ -82,6 +87,8 @@ class HopperConfig:
                 f"band {self.band} must be a multiple of {SUM_TOKENS} tokens, or 0 for one band of all: GEMM2's sums take"
                 f" {SUM_TOKENS} tokens at a time"
             )
+        if self.early_steps < 0 or self.early_items < 0:
+            raise ValueError(f"early_steps {self.early_steps} and early_items {self.early_items} must not be negative")
         if self.prologue not in PROLOGUES:
             raise ValueError(f"prologue {self.prologue!r} is none; there are {', '.join(PROLOGUES)}")
 
@@ -455,4 +462,6 @@ def _layer(
         tile_rows_1=shared.gemm1.block_m,
         tile_rows_2=shared.gemm2.block_m,
         wide_ids=tensors.topk_ids.dtype == torch.int64,
+        early_steps=config.early_steps,
+        early_items=config.early_items,
     )

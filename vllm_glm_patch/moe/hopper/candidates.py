@@ -11,6 +11,9 @@ from .native import Native
 
 Stage = Callable[[HopperConfig], list[HopperConfig]]
 """The next configurations to time, from the fastest of the stages before."""
+EARLY = ((4, 0), (0, 2), (4, 2), (8, 4))
+"""(early_steps of whole tiles, early_items) to try where an expert's rows fill one tile of 128, not more, in most cases."""
+EARLY_ROWS = 110  # an expert's average up to which that is so
 FEWEST_ROWS = 6  # an expert's average from which the kernels for many tokens are tried
 SLICES = (
     ("sum_n128", 128, 3),
@@ -63,7 +66,10 @@ def families(problem: Problem, native: Native) -> list[tuple[list[HopperConfig],
                 replace(best, gemm2=f"glm_gemm2_{name}", slice=width, slots=slots) for name, width, slots in slices(problem)
             ]
 
-        found.append(([default_of_many(problem)], [_with_other_prologue, first_gemms, second_gemms, _details]))
+        stages: list[Stage] = [_with_other_prologue, first_gemms, second_gemms, _details]
+        if density <= EARLY_ROWS:
+            stages.append(_asking_early)
+        found.append(([default_of_many(problem)], stages))
     return found
 
 
@@ -73,6 +79,13 @@ def _with_triton_gemm1(best: HopperConfig) -> list[HopperConfig]:
 
 def _with_other_prologue(best: HopperConfig) -> list[HopperConfig]:
     return [replace(best, prologue=TRITON if best.prologue == "native" else "native")]
+
+
+def _asking_early(best: HopperConfig) -> list[HopperConfig]:
+    """A quarter of a tile has a quarter of its weights a step; Triton's GEMM1 asks for nothing early."""
+    times = 0 if best.gemm1 == TRITON else 4 if best.gemm1.endswith("_quarter") else 1
+    found = (replace(best, early_steps=steps * times, early_items=items) for steps, items in EARLY)
+    return [config for config in dict.fromkeys(found) if config != best]
 
 
 def _details(best: HopperConfig) -> list[HopperConfig]:

@@ -111,6 +111,8 @@ class Layer(C.Structure):
                 "tile_rows_1",
                 "tile_rows_2",
                 "wide_ids",
+                "early_steps",
+                "early_items",
             )
         ),
     ]
