@@ -3,6 +3,7 @@
 #   session_serve.sh setup WHEEL         install the wheel into /tmp/ours
 #   session_serve.sh start NAME MINUTES  begin in the background; the vLLM is that of PYTHONPATH
 #   session_serve.sh wait NAME SECONDS   wait until it ends, at most so long, then put result and logs into $OUT
+#   session_serve.sh flags               what both servers are told, a line each
 # A command on that machine may take ten minutes and its results come back when it ends, so `wait` is called until it says
 # that NAME has ended. What was measured is in $OUT after each. ORDER (AB), CASES and SERVE_FLAGS change the plan; KEEP is
 # where everything stays between two commands.
@@ -37,6 +38,7 @@ print(pathlib.Path(importlib.util.find_spec("vllm").origin).parent / "benchmarks
         --start-limit 420 -- "${quick[@]}" >"$name.txt" 2>&1 </dev/null &
     echo $! >"$name.pid"
     ;;
+flags) printf '%s\n' "${flags[@]}" ;;
 wait)
     name=$2
     # The file, too: nobody may have buried the process.
@@ -51,7 +53,7 @@ wait)
     if runs; then echo "$name still runs"; else echo "$name has ended, exit code $(cat "$keep/$name.exit" 2>/dev/null)"; fi
     ;;
 *)
-    sed -n '2,8p' "$0"
+    sed -n '2,/^set -u/{/^#/p}' "$0"
     exit 2
     ;;
 esac

@@ -9,22 +9,33 @@
 #   session_pair.sh await SECONDS         until both have ended; all of /tmp/o in $OUT/o.tgz
 #   session_pair.sh serve RELEASE SITE MINUTES   A/B in the background; RELEASE names the result, CASES as for session_serve.sh
 #   session_pair.sh wait RELEASE SECONDS  until it has ended
-#   session_pair.sh last                  rows of 0.10.1.1 on card 0; on card 1 greedy answers, checks of both backends, memcheck and
-#                                         racecheck, all at once (200 s)
+#   session_pair.sh steps RELEASE SITE    both servers once more with steps_plugin.py, loads of `decode` only: what each step of many
+#                                         tokens took and what the allocator did (200 s, `wait RELEASE-steps` ends it)
+#   session_pair.sh verify                `verify` of 0.26.0 on the first card and of 0.10.1.1 on the second, in the background (4 minutes)
+#   session_pair.sh last                  rows of 0.10.1.1 on the first card; on the second greedy answers, checks of both backends,
+#                                         memcheck and racecheck, all at once (200 s)
+# On four cards CARDS=2,3 before serve, steps, verify, last and wait gives another pair work of its own meanwhile; begin is 0 and 1's.
+# TABLES='' before serve or steps: with the tables that the wheel has, else with those that `lane` made.
 # Both sides must have the same tuned tables as in `warm`: vLLM keys its compiled graphs by settings.
 set -u
 here=$(cd "$(dirname "$0")" && pwd)
 tree=/tmp/tree
 case ${1:-} in
-part | lane | warm | await | serve | wait | last) [ -e $tree ] || { echo "This machine is not set up: it is another one." >&2; exit 1; } ;;
+part | lane | warm | await | serve | steps | verify | wait | last) [ -e $tree ] || { echo "This machine is not set up: it is another one." >&2; exit 1; } ;;
 esac
 quick=$here/session_quick.sh serve=$here/../../benchmarks/session_serve.sh
 export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_USE_FLASHINFER_SAMPLER=0 CPATH=/usr/local/cuda/include PYTHONUNBUFFERED=1
 export VLLM_GLM_PATCH_TUNED_DIR=/tmp/tuned-0
 site26=/tmp/ours:/tmp/site26 site101=/tmp/ours:/tmp/site101
 counts=8192,64,1,1024,256,16,4096,2048,16384,4,128,512,32,8,2
+first=${CARDS:-0,1} second=${first#*,} first=${first%%,*}
 started() { grep -qs '^finished' "/tmp/o/$1.log"; }
 keep() { [ -n "${OUT:-}" ] && tar -C /tmp/o --exclude='core-*' --exclude='blocks-*' -czf "$OUT/o.tgz" .; }
+case ${1:-} in
+serve | steps)
+    [ -n "${TABLES-any}" ] || unset VLLM_GLM_PATCH_TUNED_DIR
+    ;;
+esac
 case ${1:-} in
 begin)
     "$quick" setup "$2" "$3"
@@ -35,9 +46,12 @@ begin)
 part) "$quick" "$@" ;;
 lane)
     export CUDA_VISIBLE_DEVICES=0 TUNED=/tmp/tuned-0 OUT='' PYTHONPATH=$site26
-    for only in ${NEW:-quarter turns}; do
+    for only in ${NEW:-early}; do
         (cd $tree && timeout 60 python3 benchmarks/hopper.py --check --only "$only" --out /tmp/o/new --seconds 50)
     done
+    # shellcheck disable=SC2086
+    (cd $tree && timeout 80 python3 benchmarks/hopper.py --out /tmp/o/sweep --seconds 70 \
+        ${SWEEP:---gemm2 turns_lanes_n256:256x8 --early 0x0,4x0,0x2,4x2,8x4 --tokens 1024,512,2048})
     SHAPES=TP8,EP8 COUNTS=$counts TRIED=hopper MINUTES=2 LINES_SHOWN=4 "$quick" tune
     SHAPES=TP4,TP2,TP1 COUNTS=8192,1024,256,4096,2048,16384,512,128 TRIED=hopper MINUTES=2 LINES_SHOWN=4 "$quick" tune
     cp -r /tmp/tuned-0 /tmp/o/
@@ -49,9 +63,8 @@ warm)
     export CUDA_VISIBLE_DEVICES=1 PYTHONPATH=$site26
     mkdir -p /tmp/serve && cd /tmp/serve || exit
     [ -d model ] || python3 -m vllm_glm_patch model model --preset tp8-rank --config-only
-    flags=(--load-format glm_patch_synthetic --enable-chunked-prefill --max-num-batched-tokens 8192 --max-model-len 20000
-        --max-num-seqs 256 --no-enable-prefix-caching --gpu-memory-utilization 0.33 --kv-cache-memory-bytes 3000000000
-        --compilation-config '{"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 256]}')
+    mapfile -t flags < <("$serve" flags)
+    flags+=(--gpu-memory-utilization 0.33 --kv-cache-memory-bytes 3000000000)  # both on one card
     servers=()
     for side in 0 1; do
         VLLM_GLM_PATCH=$side setsid python3 -m vllm.entrypoints.cli.main serve /tmp/serve/model "${flags[@]}" \
@@ -76,8 +89,22 @@ await)
     tail -n 5 /tmp/o/warm.log
     keep
     ;;
-serve) PYTHONPATH=$3 SERVE_FLAGS="--groups 0,1" ORDER=${ORDER:-AB} "$serve" start "$2" "$4" ;;
-wait) "$serve" wait "$2" "$3" ;;
+serve) PYTHONPATH=$3 SERVE_FLAGS="--groups $first,$second ${SERVE_FLAGS:-}" ORDER=${ORDER:-AB} "$serve" start "$2" "$4" ;;
+steps)
+    mkdir -p /tmp/o/steps
+    python3 $tree/tests/gpu/steps_plugin.py /tmp/steps-plugin
+    VGP_STEPS=/tmp/o/steps/$2 CASES=decode PYTHONPATH=/tmp/steps-plugin:$3 SERVE_FLAGS="--groups $first,$second" ORDER=AB \
+        "$serve" start "$2-steps" 4
+    ;;
+verify)
+    "$quick" lane "$first" verify26
+    "$quick" lane "$second" verify101
+    ;;
+wait)
+    "$serve" wait "$2" "$3"
+    tail -n 3 /tmp/o/lane-*/log 2>/dev/null | cut -c1-200
+    keep
+    ;;
 last)
     one() { # CARD SITE SECONDS NAME COMMAND...
         local card=$1 site=$2 seconds=$3 name=$4
@@ -87,14 +114,15 @@ last)
     }
     sanitizer=(compute-sanitizer --report-api-errors no --print-limit 20 --target-processes all)
     checked=(python3 benchmarks/hopper.py --check --seconds 190 --patience 190)
-    one 0 $site101 200 layer101 python3 -m vllm_glm_patch bench kernel --no-check --tokens $counts --minutes 3 --out /tmp/o/layer101/kernel.json
-    one 1 $site26 200 moe python3 tests/gpu/serve_moe.py /tmp/o/moe/serve_moe.json --model /tmp/model --unprofiled --only upstream,patched
+    one "$first" $site101 200 layer101 python3 -m vllm_glm_patch bench kernel --no-check --tokens $counts --minutes 3 \
+        --shapes TP8,EP8,TP4,TP2,TP1 --backends auto --out /tmp/o/layer101/kernel.json
+    one "$second" $site26 200 moe python3 tests/gpu/serve_moe.py /tmp/o/moe/serve_moe.json --model /tmp/model --unprofiled --only upstream,patched
     for backend in hopper triton; do
-        one 1 $site26 150 check-$backend python3 -m vllm_glm_patch bench kernel --no-time --no-upstream --backends $backend --minutes 2 \
-            --out /tmp/o/check-$backend/check.json
+        one "$second" $site26 150 check-$backend python3 -m vllm_glm_patch bench kernel --no-time --no-upstream --backends $backend --minutes 2 \
+            --shapes TP8,TP4,EP8 --out /tmp/o/check-$backend/check.json
     done
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 one 1 $site26 230 memcheck "${sanitizer[@]}" --tool memcheck "${checked[@]}" --only M=700 --out /tmp/o/memcheck
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 one 1 $site26 230 racecheck "${sanitizer[@]}" --tool racecheck "${checked[@]}" --only 'TP8 M=16 ' \
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 one "$second" $site26 230 memcheck "${sanitizer[@]}" --tool memcheck "${checked[@]}" --only M=700 --out /tmp/o/memcheck
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 one "$second" $site26 230 racecheck "${sanitizer[@]}" --tool racecheck "${checked[@]}" --only 'TP8 M=16 ' \
         --out /tmp/o/racecheck
     wait
     tail -n 4 /tmp/o/{layer101,moe,check-hopper,check-triton,memcheck,racecheck}/log | cut -c1-200
