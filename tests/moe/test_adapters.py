@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import logging
 import sys
@@ -16,12 +17,15 @@ sys.path.append(str(Path(__file__).parent.parent / "unit"))
 
 import fake_moe
 from fake_moe import GENERATIONS, PROBLEM, call_new, layer, new_apply
+from triton.compiler.errors import CompileTimeAssertionFailure
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from vllm_glm_patch.adapters import conditions, self_test, serving
 from vllm_glm_patch.adapters.modular_kernel import Reader
 from vllm_glm_patch.adapters.serving import DeviceLost, Serving
 from vllm_glm_patch.moe import backends, tables
 from vllm_glm_patch.moe.dispatch import Card
+from vllm_glm_patch.moe.hopper.errors import HopperError
 from vllm_glm_patch.moe.reference import relative_error
 from vllm_glm_patch.settings import Settings
 
@@ -415,6 +419,292 @@ def test_a_layer_that_is_first_met_while_a_graph_is_captured_keeps_vllms_kernel_
     assert state.layers[of.inputs.w13].tested
 
 
+# A kernel that cannot be compiled.
+
+
+def of_triton(name: str, text: str, module: str = "triton.runtime.errors") -> Exception:
+    """An error as Triton has it, whose own wants a syntax tree."""
+    return type(name, (Exception,), {"__module__": module})(text)
+
+
+CERTAIN: dict[str, Any] = {
+    "CompilationError": lambda: of_triton(
+        "CompilationError",
+        "at 42:19:\n    gate = tl.dot(gate_w, x, gate)\n           ^\nshapes should have N >= 16",
+        "triton.compiler.errors",
+    ),
+    "shared memory": lambda: OutOfResources(300000, 232448, "shared memory"),
+    "assembler": lambda: PTXASError("`ptxas` failed with error code 255\n`ptxas` stderr:\nmany lines"),
+    "static_assert": lambda: CompileTimeAssertionFailure("f()", ast.parse("f()").body[0], "no"),
+    "a pass of the compiler": lambda: RuntimeError("PassManager::run failed"),
+    "a native kernel refused before the driver is asked": lambda: HopperError("glm_gemm1 needs too much shared memory"),
+    "a cubin that the driver does not take": lambda: HopperError("CUDA_ERROR_NO_BINARY_FOR_GPU", 209),
+}
+UNCERTAIN: dict[str, Any] = {
+    "a value": lambda: ValueError("tile too large"),
+    "another's error of that name": lambda: of_triton("CompilationError", "no", "other.compiler"),
+    "Triton's interpreter": lambda: of_triton("InterpreterError", "no"),
+    "memory": lambda: of_triton("OutOfMemoryError", "no memory", "torch"),
+    "words of the compiler at another place": lambda: RuntimeError("no: PassManager::run failed"),
+    "a launch that the driver refuses": lambda: HopperError("invalid value", 1),
+}
+FEW, SOME, MANY = range(1, 3), range(3, 33), range(33, 97)
+"""The token counts of PROBLEM's first configurations: pairs, and tiles of 16 and 32 rows. Up to 384 they are of 64."""
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, counts: Any, error: Any) -> list[int]:
+    """`error` where the kernel, or what stands in for it, gets so many tokens. Gives the counts at which it was raised."""
+    right, failed = serving.run, []
+
+    def run(call: Any) -> torch.Tensor:
+        if call.hidden_states.shape[0] in counts:
+            failed.append(call.hidden_states.shape[0])
+            raise error()
+        return right(call)
+
+    monkeypatch.setattr(serving, "run", run)
+    return failed
+
+
+def with_tokens(function: Any, of: fake_moe.Layer, tokens: int) -> torch.Tensor:
+    """A call of the layer with its first tokens, or with as many more of the same."""
+    take = [n % of.inputs.hidden_states.shape[0] for n in range(tokens)]
+    names = ("hidden_states", "topk_weights", "topk_ids")
+    made: torch.Tensor = call_new(function, of, **{name: getattr(of.inputs, name)[take] for name in names})
+    return made
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.message for record in caplog.records if record.levelname == "WARNING"]
+
+
+@pytest.mark.parametrize("name", CERTAIN)
+def test_a_configuration_that_cannot_be_compiled_leaves_its_own_counts_to_vllm_in_all_layers(
+    name: str, stand_in: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    failing(monkeypatch, SOME, CERTAIN[name])
+    of = layer()
+    function, state = wrapped(of)
+    state.limit = 100
+    assert relative_error(call_new(function, of), of.want()) < 0.01
+    assert of.seen == [100, 9]  # the self-test, then the call, whose count is left
+    assert state.refused is None
+    assert state.summary() == (
+        "1 of 1 MoE layers served, triton for 1 - 2 tokens, upstream for 3 - 32 tokens, triton for 33 - 100 tokens"
+    )
+    (message,) = warnings(caplog)
+    assert "for 3 - 32 tokens cannot be compiled here" in message and "Please report this" in message
+    assert serving.named(CERTAIN[name]()) in message
+    first, other = (of.inputs, of.kernel), layer(seed=2)  # the latter with a short self-test of its own
+    for inputs, kernel in (first, (other.inputs, other.kernel)):
+        of.inputs, of.kernel = inputs, kernel
+        with_tokens(function, of, 1)
+        stand_in.clear()
+        of.seen.clear()
+        for tokens in (2, 3, 20, 32, 33, 100):  # of which 20 was tried by nobody
+            with_tokens(function, of, tokens)
+        assert (stand_in, of.seen) == ([2, 33, 100], [3, 20, 32])
+    assert len(warnings(caplog)) == 1
+    assert state.summary().startswith("2 of 2 MoE layers served, triton for 1 - 2 tokens, upstream for 3 - 32 tokens")
+
+
+@pytest.mark.parametrize("name", UNCERTAIN)
+def test_what_is_not_certain_to_be_one_kernel_alone_leaves_everything_to_vllm(
+    name: str, stand_in: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, SOME, UNCERTAIN[name])
+    of = layer()
+    function, state = wrapped(of)
+    state.limit = 100
+    with_tokens(function, of, 100)
+    assert state.refused == f"self-test of layer 1: {serving.named(UNCERTAIN[name]())}"
+
+
+def test_where_nothing_can_be_compiled_one_warning_says_so(
+    stand_in: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    failing(monkeypatch, range(1, 101), CERTAIN["shared memory"])
+    of = layer()
+    function, state = wrapped(of)
+    state.limit = 100
+    call_new(function, of)
+    assert of.seen == [9] and stand_in == []
+    (message,) = warnings(caplog)
+    assert "is not used in this process (self-test of layer 1: OutOfResources: out of resource: shared memory" in message
+    assert state.summary().startswith("vLLM's own kernel serves all MoE layers: self-test of layer 1: OutOfResources")
+
+
+def test_two_configurations_that_cannot_be_compiled_are_told_one_by_one(
+    stand_in: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    failing(monkeypatch, [*FEW, *MANY], CERTAIN["assembler"])
+    of = layer()
+    function, state = wrapped(of)
+    state.limit = 100
+    with_tokens(function, of, 100)
+    told = [message.partition(" tokens cannot")[0].rpartition("for ")[2] for message in warnings(caplog)]
+    assert told == ["1 - 2", "33 - 96"]
+    ranges = "upstream for 1 - 2 tokens, triton for 3 - 32 tokens, upstream for 33 - 96 tokens, triton for 97 - 100 tokens"
+    assert state.summary() == f"1 of 1 MoE layers served, {ranges}"
+
+
+def test_the_others_are_compared_and_one_of_them_that_differs_leaves_everything_to_vllm(
+    stand_in: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, SOME, CERTAIN["shared memory"])
+    right = serving.run
+    monkeypatch.setattr(serving, "run", lambda call: right(call) * (1.2 if call.hidden_states.shape[0] == 96 else 1.0))
+    of = layer()
+    function, state = wrapped(of)
+    state.limit = 100
+    with_tokens(function, of, 100)
+    assert "with 96 tokens it differs" in str(state.refused)
+    assert state.summary().startswith("vLLM's own kernel serves all MoE layers")
+
+
+@pytest.mark.parametrize("where", ["another configuration", "found when the device is waited for", "in the compiler's words"])
+def test_an_error_of_the_device_ends_the_start_also_beside_one_of_a_compiler(
+    where: str, stand_in: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = RuntimeError("CUDA error: an illegal memory access was encountered")
+    if where == "in the compiler's words":
+        failing(monkeypatch, SOME, lambda: of_triton("CompilationError", str(lost)))
+    else:
+        failing(monkeypatch, SOME, CERTAIN["shared memory"])
+    if where == "another configuration":
+        failing(monkeypatch, MANY, lambda: lost)
+
+    def wait(inputs: self_test.Inputs) -> None:
+        if sys.exc_info()[0] is not None:
+            raise lost
+
+    if where == "found when the device is waited for":
+        monkeypatch.setattr(self_test.Inputs, "wait", wait)
+    function, state = wrapped(layer())
+    state.limit = 100
+    with pytest.raises(DeviceLost, match=r"self-test: CUDA error: an illegal memory"):
+        with_tokens(function, layer(), 100)
+
+
+def test_what_a_compiler_ended_keeps_no_memory(stand_in: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    import gc
+    import weakref
+
+    right, held, seen = serving.run, [], []
+
+    def run(call: Any) -> torch.Tensor:
+        workspace = torch.empty(1)
+        if call.hidden_states.shape[0] in SOME:
+            held.append(weakref.ref(workspace))
+            raise CERTAIN["shared memory"]()
+        seen.extend(of() for of in held)
+        return right(call)
+
+    monkeypatch.setattr(serving, "run", run)
+    function, state = wrapped(layer())
+    state.limit = 100
+    gc.disable()
+    try:
+        with_tokens(function, layer(), 100)
+    finally:
+        gc.enable()
+    assert state.refused is None and seen and set(seen) == {None}
+
+
+def test_another_layer_is_compared_also_where_its_usual_counts_are_left_to_vllm(
+    stand_in: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, [*FEW, *SOME, *MANY], CERTAIN["shared memory"])
+    of = layer()
+    function, state = wrapped(of)
+    state.limit = 100
+    call_new(function, of)
+    first, new = of.inputs, layer(seed=2)
+    of.inputs, of.kernel, of.spoil = new.inputs, new.kernel, lambda made: made * 0
+    call_new(function, of)
+    assert first.w13 in state.layers and "self-test of layer 2: with 100 tokens it differs" in str(state.refused)
+
+
+def test_new_weights_do_not_try_again_what_could_not_be_compiled(
+    stand_in: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    failed = failing(monkeypatch, MANY, CERTAIN["shared memory"])
+    of = layer()
+    function, state = wrapped(of)
+    state.limit = 97  # a configuration's only count, whose neighbour is left
+    for seed in (2, 3):
+        call_new(function, of)
+        assert failed == [95]  # once: its other counts are not tried after it
+        new = layer(seed=seed)
+        of.inputs, of.kernel = new.inputs, new.kernel
+        assert len(state.layers) == 0  # so that the next is the first again
+    assert len(warnings(caplog)) == 1 and state.refused is None
+
+
+def test_what_could_not_be_compiled_is_tried_again_after_another_install(
+    stand_in: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = serving.run
+    failing(monkeypatch, SOME, CERTAIN["shared memory"])
+    of = layer()
+    call_new(wrapped(of)[0], of)
+    monkeypatch.setattr(serving, "run", right)
+    function, state = wrapped(of)
+    call_new(function, of)
+    assert state.summary() == "1 of 1 MoE layers served, triton for 1 - 9 tokens"
+
+
+def test_a_call_of_several_passes_is_vllms_where_one_of_them_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ours(*tokens: int) -> list[bool]:
+        known = serving.Layer(1, None, PROBLEM, H100)
+        return [state._is_ours(known, 16384 + n) for n in tokens]
+
+    state = Serving(Settings)
+    assert ours(0, 9, 50, 16384 + 9) == [True] * 4
+    state._left = {backends.configuration(PROBLEM.with_tokens(9), H100)}
+    assert ours(0, 9, 50, 16384 + 9) == [True, False, True, False]
+    state._left = {backends.configuration(PROBLEM.with_tokens(16384), H100)}
+    assert ours(0, 9, 50) == [False] * 3
+    # Where vLLM's own is faster a pass runs kernels that no self-test has tried.
+    monkeypatch.setattr(backends, "route", lambda problem, card: "upstream" if problem.tokens == 50 else "triton")
+    state._left = {"another"}
+    assert ours(9, 50) == [True, False]
+    state._left = set()
+    assert ours(9, 50) == [True, True]
+
+
+def test_vllms_own_workspace_is_grown_in_the_self_test_to_the_counts_that_are_left_to_it(
+    stand_in: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, range(97, 385), CERTAIN["shared memory"])
+    of = layer(dataclasses.replace(PROBLEM, tokens=600))
+    function, state = wrapped(of)
+    call_new(function, of)
+    assert of.seen == [384, 216]
+    assert state._compared == (1, 2, 32, 64, 96, 600)
+
+
+def test_a_plan_without_what_is_left_has_its_counts_among_vllms() -> None:
+    few = backends.configuration(PROBLEM.with_tokens(9), H100)
+    assert serving.plan(PROBLEM, H100, 100) == ([1, 2, 31, 32, 95, 96, 99, 100], [2, 32, 96, 100], 0)
+    assert serving.plan(PROBLEM, H100, 100, {few}) == ([1, 2, 95, 96, 99, 100], [2, 96, 100], 32)
+
+
+def test_a_count_of_vllms_beside_a_configurations_only_one_is_not_run(
+    stand_in: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "route", lambda problem, card: "triton" if problem.tokens in (9, 50) else "upstream")
+    of = layer(dataclasses.replace(PROBLEM, tokens=50))
+    function, state = wrapped(of)
+    call_new(function, of)
+    assert state.refused is None and set(stand_in) == {9, 50}
+
+
+def test_where_each_count_of_one_pass_is_vllms_nothing_is_run_beforehand() -> None:
+    like = self_test.Inputs(torch.device("cpu"), torch.int32, torch.float32)
+    assert self_test.run_each(PROBLEM, lambda *given: pytest.fail("ran"), like, {}) == {}
+
+
 # The self-test.
 
 
@@ -434,11 +724,8 @@ def test_a_kernel_that_differs_is_not_used_in_this_process_and_one_message_says_
 
 
 def test_a_kernel_that_triton_refuses_is_told_with_what_is_wrong_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    class CompilationError(Exception):
-        pass
-
     def refuse(call: object) -> torch.Tensor:
-        raise CompilationError("at 42:19:\n    gate = tl.dot(gate_w, x, gate)\n           ^\nshapes should have N >= 16")
+        raise CERTAIN["CompilationError"]()
 
     monkeypatch.setattr(serving, "run", refuse)
     of = layer()

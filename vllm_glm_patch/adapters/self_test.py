@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..moe.problem import Problem
+from . import failures
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +33,10 @@ Run = Callable[["torch.Tensor", "torch.Tensor", "torch.Tensor"], "torch.Tensor"]
 
 class Differs(Exception):
     """Ours and vLLM's results differ by more than rounding explains; the text says where and by how much."""
+
+
+class NothingCompiles(Exception):
+    """No configuration of ours can be compiled; the text is the first one's error."""
 
 
 @dataclass(frozen=True)
@@ -62,16 +67,48 @@ def counts_up_to(limit: int) -> tuple[int, ...]:
     return tuple(sorted({count for count in COUNTS if count <= most} | {most}))
 
 
-def compare(
-    problem: Problem, ours: Run, theirs: Run, like: Inputs, counts: Sequence[int], warm: Iterable[int] = (), step: int = SLICE
-) -> Outcome:
+def run_each(problem: Problem, ours: Run, like: Inputs, configurations: Mapping[int, Hashable]) -> dict[Hashable, str]:
+    """Run ours once with each token count, so that its kernels are compiled.
+
+    Args:
+        configurations: token count → what ours runs it with. The other counts of one that cannot be compiled are not run.
+
+    Returns:
+        Configurations that cannot be compiled, with what the compiler says. Not the errors: their frames would keep memory.
+
+    Raises:
+        NothingCompiles: that is all of them. Whatever ours raises that says anything else goes on.
+    """
+    import torch
+
+    refused: dict[Hashable, str] = {}
+    if not configurations:
+        return refused
+    with torch.inference_mode():
+        tokens, weights, ids = like.make(problem.with_tokens(max(configurations)))
+        for count, configuration in configurations.items():
+            if configuration in refused:
+                continue
+            try:
+                ours(tokens[:count], weights[:count], ids[:count])
+            except Exception as error:
+                if not failures.not_compiled(error):
+                    raise
+                like.wait()  # a device in error is no matter of one kernel
+                refused[configuration] = failures.named(error)
+        like.wait()
+    if refused and refused.keys() == set(configurations.values()):
+        raise NothingCompiles(next(iter(refused.values())))
+    return refused
+
+
+def compare(problem: Problem, ours: Run, theirs: Run, like: Inputs, counts: Sequence[int], step: int = SLICE) -> Outcome:
     """Run both on the same random tokens, with a routing that spreads over all experts.
 
     Args:
         problem: the layer's sizes.
         like: where and how the layer takes its inputs.
         counts: token counts, ascending.
-        warm: counts that ours runs once before, so that their kernels are compiled; at most the largest of `counts`.
         step: tokens that vLLM's kernel gets at once.
 
     Raises:
@@ -82,7 +119,7 @@ def compare(
     with torch.inference_mode():
         tokens, weights, ids = like.make(problem.with_tokens(counts[-1]))
         started = time.perf_counter()
-        for count in (*warm, *counts):
+        for count in counts:
             ours(tokens[:count], weights[:count], ids[:count])
         like.wait()
         compiled = time.perf_counter()

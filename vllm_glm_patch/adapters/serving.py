@@ -10,8 +10,9 @@ a choice there would be a guard, and another count a recompilation.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Hashable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ..log import logger
 from ..settings import Settings
 from . import conditions, self_test
+from .failures import first_line, lost, named
 from .modular_kernel import Call, Reader
 
 if TYPE_CHECKING:
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
     from ..moe.problem import Problem
 
 _UPSTREAM = "vLLM's own kernel"
-_LOST = ("illegal memory access", "misaligned address", "unspecified launch failure", "device-side assert", "CUDA error")
 Around = Callable[[Call], AbstractContextManager[None]]
 
 
@@ -37,7 +38,7 @@ class DeviceLost(RuntimeError):
 
     def __init__(self, when: str, cause: BaseException) -> None:
         super().__init__(
-            f"CUDA error in the fused MoE kernel (fused_moe_fp8), in {when}: {_first_line(cause)}. This process cannot go on. "
+            f"CUDA error in the fused MoE kernel (fused_moe_fp8), in {when}: {first_line(cause)}. This process cannot go on. "
             "Set VLLM_GLM_PATCH_MOE=upstream so that vLLM's own kernel serves, and report this."
         )
 
@@ -70,6 +71,10 @@ class Serving:
         """Tokens of the deployment's largest step, where it is known."""
         self.layers: Any = None
         """By the tensor of their first weights, which it does not keep alive."""
+        self._left: set[Hashable] = set()
+        """Configurations whose kernels cannot be compiled here: their token counts are vLLM's, in all layers."""
+        self._compared: tuple[int, ...] = ()
+        """Token counts at which the first layer was compared."""
         self._said: set[str] = set()
 
     def call(self, original: Any, reader: Reader, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -82,7 +87,7 @@ class Serving:
             call = reader.read(args, kwargs)
             layer = self._layer(call, reader, args, kwargs)
         except Exception as error:  # vLLM must go on, whatever there is that we did not think of
-            self._say(f"a layer could not be looked at ({type(error).__name__}: {_first_line(error)})")
+            self._say(f"a layer could not be looked at ({named(error)})")
             return original(*args, **kwargs)
         if layer.reason is not None or conditions.has_lora(call):
             return original(*args, **kwargs)
@@ -97,7 +102,7 @@ class Serving:
             raise
         except Exception as error:
             self._raise_if_lost(error, f"serving {call.hidden_states.shape[0]} tokens", call.hidden_states.device)
-            layer.reason = f"the kernel failed with {call.hidden_states.shape[0]} tokens ({_first_line(error)})"
+            layer.reason = f"the kernel failed with {call.hidden_states.shape[0]} tokens ({first_line(error)})"
             self._say(layer.reason, loud=True)
             return original(*args, **kwargs)
 
@@ -132,9 +137,21 @@ class Serving:
             from ..moe import backends
 
             assert layer.problem is not None and layer.card is not None
-            ours = backends.route(layer.problem.with_tokens(tokens), layer.card) != backends.UPSTREAM
-            layer.ours[tokens] = ours
+            routed = backends.route(layer.problem.with_tokens(tokens), layer.card) != backends.UPSTREAM
+            ours = layer.ours[tokens] = routed and not self._is_left(layer, tokens)
         return ours
+
+    def _is_left(self, layer: Layer, tokens: int) -> bool:
+        """Whether a call that is routed to ours would run kernels that cannot be compiled, in any of its passes."""
+        if not self._left:
+            return False
+        from ..moe import backends
+        from ..moe.workspace import TOKENS_PER_PASS
+
+        assert layer.problem is not None and layer.card is not None
+        passes = {tokens} if tokens <= TOKENS_PER_PASS else {TOKENS_PER_PASS, tokens % TOKENS_PER_PASS or TOKENS_PER_PASS}
+        needed = {backends.configuration(layer.problem.with_tokens(part), layer.card) for part in passes}
+        return None in needed or not needed.isdisjoint(self._left)  # None: a pass whose kernels nobody tried
 
     def _ready(
         self, layer: Layer, call: Call, original: Any, reader: Reader, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -155,7 +172,7 @@ class Serving:
             self._test(layer, call, theirs)
         except Exception as error:
             self._raise_if_lost(error, "its self-test", call.hidden_states.device)
-            what = str(error) if isinstance(error, self_test.Differs) else f"{type(error).__name__}: {_first_line(error)}"
+            what = str(error) if isinstance(error, (self_test.Differs, self_test.NothingCompiles)) else named(error)
             self.refused = f"self-test of layer {layer.number}: {what}"
             logger.warning(
                 "The fused MoE kernel is not used in this process (%s). vLLM's own MoE kernel serves, with the other patches "
@@ -177,7 +194,9 @@ class Serving:
         like = self_test.Inputs(call.hidden_states.device, call.topk_ids.dtype, call.topk_weights.dtype)
         first = not any(other.tested for other in self.layers.values())
         counts = [n for n in self_test.counts_up_to(limit) if self._is_ours(layer, n)]
-        counts = counts if first else [n for n in counts if n <= 64][-1:]
+        if not first:
+            others = [n for n in self._compared if self._is_ours(layer, n)]
+            counts = [n for n in counts if n <= 64][-1:] or others[:1]
         if not counts:
             return  # upstream's at all counts that are compared; what lies between is tried by nobody here
         if not first:
@@ -187,24 +206,49 @@ class Serving:
             "The fused MoE kernel is compared with vLLM's own. Kernels that Triton's cache does not have are compiled first, "
             "which takes up to a minute."
         )
-        warm, ends, theirs_most = plan(layer.problem, layer.card, counts[-1])
-        counts = sorted({*counts, *ends})
-        outcome = self_test.compare(layer.problem, ours, theirs, like, counts, warm, max(self_test.SLICE, theirs_most))
+        started, most = time.perf_counter(), counts[-1]
+        warm, ends, theirs_most = plan(layer.problem, layer.card, most, self._left)
+        known = _configurations(layer.problem, layer.card, (*warm, *sorted({*counts, *ends})))
+        tried = {n: configuration for n, configuration in known.items() if configuration not in self._left}
+        refused = self_test.run_each(layer.problem, ours, like, tried)
+        if refused:
+            self._leave(layer, refused, limit)
+            _, ends, theirs_most = plan(layer.problem, layer.card, most, self._left)
+        compiling = time.perf_counter() - started
+        counts = sorted(n for n in {*counts, *ends} if self._is_ours(layer, n))
+        outcome = self_test.compare(layer.problem, ours, theirs, like, counts, max(self_test.SLICE, theirs_most))
+        self._compared = tuple(counts)
+        outcome = replace(outcome, compiling=compiling + outcome.compiling)
         logger.info("The fused MoE kernel passed its self-test with the weights of a layer: %s.", outcome)
+
+    def _leave(self, layer: Layer, refused: Mapping[Hashable, str], limit: int) -> None:
+        """Let vLLM's own kernel serve the token counts of configurations that cannot be compiled, in all layers."""
+        assert layer.problem is not None and layer.card is not None
+        for configuration, why in refused.items():
+            counts = _counts_of(configuration, layer.problem, layer.card, limit)
+            logger.warning(
+                "The fused MoE kernel for %s tokens cannot be compiled here (%s). vLLM's own MoE kernel serves these counts in "
+                "this process; the kernels of other counts are compared with it as ever. Please report this.",
+                counts,
+                why,
+            )
+        self._left.update(refused)
+        for other in self.layers.values():
+            other.ours.clear()
 
     def _raise_if_lost(self, error: Exception, when: str, device: torch.device) -> None:
         """DeviceLost if the device itself is in error: nothing can run in this process any more, vLLM's kernel neither."""
-        lost: BaseException | None = error if any(text in str(error) for text in _LOST) else None
-        if lost is None and device.type == "cuda" and not _out_of_memory(error):
+        cause: BaseException | None = error if lost(error) else None
+        if cause is None and device.type == "cuda" and not _out_of_memory(error):
             import torch
 
             try:
                 if not torch.cuda.is_current_stream_capturing():
                     torch.cuda.synchronize(device)
             except RuntimeError as found:
-                lost = found
-        if lost is not None:
-            raise DeviceLost(when, lost) from error
+                cause = found
+        if cause is not None:
+            raise DeviceLost(when, cause) from error
 
     def _say(self, reason: str, loud: bool = False) -> None:
         if reason not in self._said:
@@ -234,7 +278,7 @@ class Serving:
 
         assert layer.problem is not None and layer.card is not None
         most = self.limit or max(layer.ours, default=1)
-        ranges = backends.routes(layer.problem, layer.card, most)
+        ranges = backends.routes(layer.problem, layer.card, most, lambda tokens: self._is_left(layer, tokens))
         return ", ".join(f"{name} for {first} - {last} tokens" for first, last, name in ranges)
 
 
@@ -252,9 +296,9 @@ def run(call: Call) -> torch.Tensor:
     )  # fmt: skip
 
 
-def plan(problem: Problem, card: Card, most: int) -> tuple[list[int], list[int], int]:
+def plan(problem: Problem, card: Card, most: int, left: Container[Hashable] = frozenset()) -> tuple[list[int], list[int], int]:
     """Token counts up to `most`: those that compile everything, those that run every configuration once, and the largest that
-    is upstream's (or 0).
+    is upstream's (or 0), as are those of the configurations in `left`.
 
     Each configuration is compiled at its last count and the one before: Triton compiles for multiples of 16 apart.
     """
@@ -265,12 +309,34 @@ def plan(problem: Problem, card: Card, most: int) -> tuple[list[int], list[int],
     for tokens in range(1, min(most, TOKENS_PER_PASS) + 1):
         part = problem.with_tokens(tokens)
         configuration = backends.configuration(part, card)
-        if configuration is None:
+        if configuration is None or configuration in left:
             theirs = tokens
         else:
             last[configuration, backends.variant(part, card)] = ends[configuration] = tokens
     compiled = {tokens for end in last.values() for tokens in (end - 1, end) if tokens > 0}
     return sorted(compiled), sorted(ends.values()), theirs
+
+
+def _configurations(problem: Problem, card: Card, counts: Iterable[int]) -> dict[int, Hashable]:
+    """What each token count of one pass is run with, in the order of the counts; without those that are upstream's."""
+    from ..moe import backends
+    from ..moe.workspace import TOKENS_PER_PASS
+
+    found = {n: backends.configuration(problem.with_tokens(n), card) for n in counts if n <= TOKENS_PER_PASS}
+    return {n: configuration for n, configuration in found.items() if configuration is not None}
+
+
+def _counts_of(configuration: Hashable, problem: Problem, card: Card, most: int) -> str:
+    """The token counts of one pass up to `most` that a configuration serves, as ranges."""
+    ranges: list[list[int]] = []
+    for tokens, found in _configurations(problem, card, range(1, most + 1)).items():
+        if found != configuration:
+            continue
+        if ranges and ranges[-1][1] == tokens - 1:
+            ranges[-1][1] = tokens
+        else:
+            ranges.append([tokens, tokens])
+    return ", ".join(f"{first} - {last}" for first, last in ranges)
 
 
 def _is_captured(call: Call) -> bool:
@@ -281,10 +347,3 @@ def _is_captured(call: Call) -> bool:
 
 def _out_of_memory(error: Exception) -> bool:
     return type(error).__name__ == "OutOfMemoryError"
-
-
-def _first_line(error: BaseException) -> str:
-    """What an error says, in one line: its first, with its last where the first only leads up to it, as Triton's «at 42:19:»
-    before a kernel's text and what is wrong with it."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return f"{lines[0]} {lines[-1].strip()}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]

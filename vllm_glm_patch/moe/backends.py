@@ -124,11 +124,17 @@ def variant(problem: Problem, card: Card) -> Hashable:
     return next((backend.variant(problem, card) for backend in BACKENDS if backend.name == name), None)
 
 
-def routes(problem: Problem, card: Card, most: int) -> list[tuple[int, int, str]]:
-    """(first count, last count, name) of each range of token counts from 1 to `most` that one serves."""
+def routes(
+    problem: Problem, card: Card, most: int, left: Callable[[int], bool] = lambda tokens: False
+) -> list[tuple[int, int, str]]:
+    """(first count, last count, name) of each range of token counts from 1 to `most` that one serves.
+
+    left: whether upstream serves a count that is routed to one of ours.
+    """
     found: list[tuple[int, int, str]] = []
     for tokens in range(1, most + 1):
         name = route.__wrapped__(problem.with_tokens(tokens), card)
+        name = UPSTREAM if name != UPSTREAM and left(tokens) else name
         if found and found[-1][2] == name:
             found[-1] = (found[-1][0], tokens, name)
         else:
