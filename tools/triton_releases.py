@@ -3,8 +3,8 @@
     PYTHONPATH=WHEEL python tools/triton_releases.py     # WHEEL: the unpacked wheel, where it is not installed
 
 No card is needed: launches are caught and their kernels compiled. A release of vLLM brings its own Triton (0.10.0 brings 3.3,
-0.10.2 and 0.11 3.4), and what one of them refuses fails a server's self-test, which then leaves all MoE layers to vLLM's own
-kernel. `make test` asks the one Triton of its environment. Exit code 1 where a kernel is refused.
+0.10.2 and 0.11 3.4), and the token counts of what one of them refuses are left to vLLM's own kernel in a server's self-test.
+`make test` asks the one Triton of its environment. Exit code 1 where a kernel is refused.
 """
 
 from __future__ import annotations

@@ -682,6 +682,11 @@ def test_vllms_own_workspace_is_grown_in_the_self_test_to_the_counts_that_are_le
     call_new(function, of)
     assert of.seen == [384, 216]
     assert state._compared == (1, 2, 32, 64, 96, 600)
+    new = layer(dataclasses.replace(PROBLEM, tokens=600), seed=2)
+    of.inputs, of.kernel = new.inputs, new.kernel
+    assert len(state.layers) == 0  # the next is the first again
+    call_new(function, of)
+    assert of.seen == [384, 216] * 2
 
 
 def test_a_plan_without_what_is_left_has_its_counts_among_vllms() -> None:
@@ -732,6 +737,13 @@ def test_a_kernel_that_triton_refuses_is_told_with_what_is_wrong_with_it(monkeyp
     function, state = wrapped(of)
     assert relative_error(call_new(function, of), of.want()) < 0.01  # vLLM's own serves
     assert state.refused == "self-test of layer 1: CompilationError: at 42:19: shapes should have N >= 16"
+
+
+def test_what_triton_3_3_says_in_an_errors_cause_is_told() -> None:
+    error = of_triton("CompilationError", "at 42:19:\n    gate = tl.dot(gate_w, x, gate)\n           ^")
+    assert serving.named(error) == "CompilationError: at 42:19: ^"
+    error.__cause__ = AssertionError("Input shapes should have M >= 16, N >= 16 and K >= 32")
+    assert serving.named(error) == "CompilationError: at 42:19: Input shapes should have M >= 16, N >= 16 and K >= 32"
 
 
 def test_one_wrong_token_among_many_fails_the_self_test(stand_in: list[int]) -> None:

@@ -39,9 +39,12 @@ def _not_loaded(code: int) -> bool:
 
 def first_line(error: BaseException) -> str:
     """What an error says, in one line: its first, with its last where the first only leads up to it, as Triton's «at 42:19:»
-    before a kernel's text and what is wrong with it."""
+    before a kernel's text and what is wrong with it. Triton 3.3 has the latter in the error's cause, and ends with a «^»."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return f"{lines[0]} {lines[-1].strip()}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
+    if not lines[0].endswith(":") or len(lines) == 1:
+        return lines[0]
+    last = lines[-1].strip()
+    return f"{lines[0]} {first_line(error.__cause__) if last == '^' and error.__cause__ is not None else last}"
 
 
 def named(error: BaseException) -> str:
