@@ -142,7 +142,7 @@ class Serving:
         return ours
 
     def _is_left(self, layer: Layer, tokens: int) -> bool:
-        """Whether a call that is routed to ours would run kernels that cannot be compiled, in any of its passes."""
+        """Whether ours would run kernels that cannot be compiled, in any of its passes, where there are such kernels at all."""
         if not self._left:
             return False
         from ..moe import backends

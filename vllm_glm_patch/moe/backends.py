@@ -129,12 +129,11 @@ def routes(
 ) -> list[tuple[int, int, str]]:
     """(first count, last count, name) of each range of token counts from 1 to `most` that one serves.
 
-    left: whether upstream serves a count that is routed to one of ours.
+    left: whether upstream serves a count, wherever it is routed.
     """
     found: list[tuple[int, int, str]] = []
     for tokens in range(1, most + 1):
-        name = route.__wrapped__(problem.with_tokens(tokens), card)
-        name = UPSTREAM if name != UPSTREAM and left(tokens) else name
+        name = UPSTREAM if left(tokens) else route.__wrapped__(problem.with_tokens(tokens), card)
         if found and found[-1][2] == name:
             found[-1] = (found[-1][0], tokens, name)
         else:
