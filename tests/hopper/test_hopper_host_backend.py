@@ -337,6 +337,20 @@ def test_a_band_that_cannot_be_is_refused(native: Native) -> None:
     assert told({"backend": "hopper", **names, "band": 2048}) == config(*PREFILL_ROW, band=2048)
 
 
+def test_weights_are_asked_for_early_by_whoever_knows_how(native: Native, mock: Mock) -> None:
+    from vllm_glm_patch.moe.hopper.backend import triton_config
+
+    few, by_triton = config(*DECODE, early_steps=4), config("triton", DECODE[1], early_steps=4)
+    assert [triton_config(TP8, one, native).gemm1.early for one in (few, by_triton)] == [0, 4]
+    with pytest.raises(HopperError, match=r"early_steps=6\): Triton's GEMM1 asks for 0 or a power of two"):
+        triton_config(TP8, config("triton", DECODE[1], early_steps=6), native)
+    with pytest.raises(ValueError, match="early_steps 0 and early_items -1 must not be negative"):
+        config(*PREFILL_ROW, early_items=-1)
+    one, _, _ = hopper_pass(native, mock, config(*PREFILL_ROW, slice=256, early_steps=3, early_items=5))
+    one.run()
+    assert [launch.number(-1) for launch in mock.launches()[-2:]] == [3, 5]
+
+
 @pytest.mark.parametrize(("tokens", "ids"), [(8, torch.int32), (300, torch.int64)])
 def test_the_native_prologue_gets_the_tensors_and_the_workspace(tokens, ids, native: Native, mock: Mock) -> None:
     problem = dataclasses.replace(TP8, tokens=tokens, global_experts=32)

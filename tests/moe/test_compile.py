@@ -35,6 +35,7 @@ class Case:
 def cases() -> list[Case]:
     """Every kernel, and again as programmatic dependent launch has it."""
     early = {
+        "stream 16": {"EXPERTS": 160, "EARLY": 4},
         "resident 16 swapped": {"PREFETCH": 1024},
         "resident 64x128": {"EARLY": True, "HINTS": True},
         "loop 128x128": {"HINTS": True},
@@ -98,7 +99,7 @@ def plain_cases() -> list[Case]:
         Case(
             "stream 16",
             "triton.gemm1:gemm1_stream_kernel",
-            {**_GLM, "TOP_K": 8, "BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "GROUP": 4},
+            {**_GLM, "TOP_K": 8, "BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "GROUP": 4, "EXPERTS": 0, "EARLY": 0},
             4,
             4,
             True,
@@ -321,6 +322,7 @@ def compile_case(case: Case) -> dict[str, object]:
         # Global memory touched before the wait of a dependent launch: reads, and what must never be there.
         "read_before_wait": len(GLOBAL_READ.findall(before_wait)),
         "written_before_wait": GLOBAL_WRITE.findall(before_wait),
+        "asked_before_wait": before_wait.count("prefetch.global.L2"),
         "waits": code.count("ACQBULK"),
         "qmma": len(re.findall(r"\bQMMA|\bHMMA", code)),
         "ldgsts": sorted(set(re.findall(r"LDGSTS\.E(?:\.\w+)*", code))),
@@ -350,6 +352,8 @@ def test_kernel_compiles_for_hopper_with_its_matrix_instructions_and_without_spi
     # These read before they wait what was finished two launches ago (see each); the others read nothing.
     reads_early = ("resident", "loop", "fused", "pairs gemm2", "quantise rows", "place")
     assert (result["read_before_wait"] > 0) == (case.pdl and case.name.startswith(reads_early))
+    asks = case.constants.get("PREFETCH", 0) or (case.name.startswith("stream") and case.constants["EARLY"])
+    assert (result["asked_before_wait"] > 0) == bool(asks)
     assert (result["qgmma"] > 0) == case.wgmma
 
 

@@ -6,10 +6,13 @@ import random
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from configs import CONFIGS, TOLERANCE, error_of, random_problem, run_guarded
 
 from vllm_glm_patch.moe.generators import make_inputs
 from vllm_glm_patch.moe.reference import fused_moe, local_experts
+from vllm_glm_patch.moe.triton.gemm1 import guessed_lines
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -74,3 +77,24 @@ def test_a_duplicated_expert_counts_twice(name, seed, device) -> None:
     inputs.topk_ids[:, 1] = inputs.topk_ids[:, 0]
     assert (local_experts(inputs.topk_ids, 4, None)[:, 0] == local_experts(inputs.topk_ids, 4, None)[:, 1]).all()
     assert error_of(run_guarded(inputs, CONFIGS[name]), inputs) < TOLERANCE
+
+
+@triton.jit
+def _write_guessed_lines(out, stride, HIDDEN: tl.constexpr, WIDTH: tl.constexpr, EXPERTS: tl.constexpr, EARLY: tl.constexpr):
+    pid = tl.program_id(0)
+    lines = guessed_lines(pid, stride, HIDDEN, WIDTH, EXPERTS, 16, 4, EARLY)
+    where = out + pid * 16 * EARLY + tl.arange(0, 16)[:, None] * EARLY + tl.arange(0, EARLY)[None, :]
+    tl.store(where, lines)
+
+
+@pytest.mark.parametrize(("hidden", "width", "experts"), [(1024, 48, 6), (384, 40, 7)])
+def test_lines_asked_for_early_are_the_first_of_every_gate_row_once(hidden, width, experts, device) -> None:
+    stride, early = 2 * width * hidden + 4096, 4  # experts need not lie side by side
+    programs = experts * -(-width // 16)
+    out = torch.full((programs, 16, early), -1, dtype=torch.int64, device=device)
+    _write_guessed_lines[(programs,)](out, stride, HIDDEN=hidden, WIDTH=width, EXPERTS=experts, EARLY=early)
+    # Past a row's end its last byte is asked for again, and past the last row that one.
+    lines = {min(128 * i, hidden - 1) for i in range(early)}
+    rows = {expert * stride + row * hidden for expert in range(experts) for row in range(width)}
+    assert set(out.flatten().tolist()) == {row + line for row in rows for line in lines}
+    assert all(len({int(x) // stride for x in program.flatten()}) == 1 for program in out)

@@ -57,6 +57,19 @@ def test_whole_layers_never_mix_fp8_and_bf16_activations() -> None:
             assert needs_requantise(config)
 
 
+def test_where_gemm1_streams_it_is_tried_with_weights_asked_for_early() -> None:
+    streams, tiles = Config(gemm1=Gemm1("stream", 16)), Config(gemm1=Gemm1("tile"))
+    found = tune.dependent([(1.0, streams), (2.0, tiles)])
+    assert {(config.gemm1.kind, config.gemm1.early) for config in found} == {
+        ("stream", 0),
+        ("stream", 4),
+        ("stream", 8),
+        ("tile", 0),
+    }
+    with pytest.raises(ValueError, match="0 or a power of two of lines early, got 6"):
+        Gemm1("stream", early=6)
+
+
 def test_what_runs_now_is_tried_with_dependent_launches_whatever_else_is(monkeypatch) -> None:
     monkeypatch.setattr(tune, "dependent_launch", lambda: True)
     bench = FakeBench(Problem(256))

@@ -40,7 +40,11 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Gemm1:
-    """kind: `tile` many tokens, `row` the same with whole rows and fused requantisation, `stream` few tokens."""
+    """kind: `tile` many tokens, `row` the same with whole rows and fused requantisation, `stream` few tokens.
+
+    early: of `stream` with dependent launches, lines of 128 bytes of each weight row that a program asks into L2 before the
+    routing is known, as if every expert had one tile: 0, or a power of two.
+    """
 
     kind: Literal["tile", "row", "stream"] = "tile"
     block_m: int = 64
@@ -49,6 +53,12 @@ class Gemm1:
     group: int = 4
     warps: int = 4
     stages: int = 3
+    early: int = 0
+
+    def __post_init__(self) -> None:
+        """ValueError on what the kernel cannot do."""
+        if self.early < 0 or self.early & (self.early - 1):
+            raise ValueError(f"GEMM1 asks for 0 or a power of two of lines early, got {self.early}")
 
 
 @dataclass(frozen=True)

@@ -319,7 +319,10 @@ class Pass:
                 **launch,
             )
             return
-        kernel = gemm1_stream_kernel if c.kind == "stream" else gemm1_tile_kernel
+        kernel, early = gemm1_tile_kernel, {}
+        if c.kind == "stream":
+            lines = c.early if self.pdl else 0
+            kernel, early = gemm1_stream_kernel, {"EARLY": lines, "EXPERTS": p.experts if lines else 0}
         self.launch(
             kernel,
             (tiles * -(-p.intermediate_size // c.block_n),),
@@ -333,6 +336,7 @@ class Pass:
             BLOCK_N=c.block_n,
             BLOCK_K=c.block_k,
             GROUP=c.group,
+            **early,
             **shape,
             **launch,
         )

@@ -62,7 +62,8 @@ class HopperConfig:
     is done by one block or a cluster as the pairs are few or many; "native_c1" and "native_c8" take either for any number.
     Triton's serves anyway where there are more than PROLOGUE_EXPERTS experts.
     `early_steps`, `early_items`: K steps of GEMM1's first tiles and items of GEMM2 a block, whose weights the kernels for many
-    tokens ask into L2 while what runs before them ends, as if every expert had one tile: before they can know.
+    tokens ask into L2 while what runs before them ends, as if every expert had one tile: before they can know. Triton's GEMM1
+    for few tokens does, too (dispatch.Gemm1.early: a power of two); the native one does not.
 
     Raises:
         ValueError: band is negative or not a multiple of 32, early_steps or early_items are negative, or there is no such
@@ -222,7 +223,10 @@ def triton_config(problem: Problem, config: HopperConfig, native: Native) -> Con
     elif second.family is Family.GEMM2_DECODE and (first is None or first.family is Family.GEMM1_DECODE):
         gemm2 = Gemm2("resident", second.tile_rows, slice=0, requantise=False)
         rows = first.tile_rows if first else max(second.tile_rows, least_rows())
-        gemm1 = Gemm1("stream", rows) if first else Gemm1("stream", rows, 64, 256, warps=4, stages=5)
+        early = config.early_steps if first is None else 0
+        if early & (early - 1):
+            raise HopperError(f"HopperConfig(early_steps={early}): Triton's GEMM1 asks for 0 or a power of two of lines early.")
+        gemm1 = Gemm1("stream", rows) if first else Gemm1("stream", rows, 64, 256, warps=4, stages=5, early=early)
     else:
         raise HopperError(
             f"{config.gemm1} and {config.gemm2} do not go together: take GEMM1 and GEMM2 either both for few tokens "

@@ -53,7 +53,7 @@ def families(problem: Problem, native: Native) -> list[tuple[list[HopperConfig],
     found: list[tuple[list[HopperConfig], list[Stage]]] = []
     if density <= DECODE_ROWS and problem.intermediate_size <= DECODE_WIDTH:
         few = [HopperConfig(f"glm_gemm1_decode_t{rows}", f"glm_gemm2_decode_t{rows}") for rows in heights(density)]
-        found.append((few, [_with_triton_gemm1, _with_other_prologue, _details]))
+        found.append((few, [_with_triton_gemm1, _with_other_prologue, _details, _asking_early_by_triton]))
     if density >= FEWEST_ROWS:
 
         def first_gemms(best: HopperConfig) -> list[HopperConfig]:
@@ -79,6 +79,11 @@ def _with_triton_gemm1(best: HopperConfig) -> list[HopperConfig]:
 
 def _with_other_prologue(best: HopperConfig) -> list[HopperConfig]:
     return [replace(best, prologue=TRITON if best.prologue == "native" else "native")]
+
+
+def _asking_early_by_triton(best: HopperConfig) -> list[HopperConfig]:
+    """The native GEMM1 for few tokens does not: where a block begins hangs on how many experts have none."""
+    return [replace(best, early_steps=lines) for lines in (4, 8)] if best.gemm1 == TRITON and best.programmatic else []
 
 
 def _asking_early(best: HopperConfig) -> list[HopperConfig]:

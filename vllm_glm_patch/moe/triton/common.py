@@ -65,7 +65,12 @@ def load_block(row_starts, k0, k, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr):
 def prefetch(start, size, BLOCK: tl.constexpr):
     """Ask for `size` bytes (up to 128 · BLOCK) from pointer `start` on to be brought into L2, 128 bytes a request."""
     line = tl.minimum(128 * tl.arange(0, BLOCK), size - 1)
-    where = start.to(tl.uint64) + line.to(tl.uint64)
+    ask(start.to(tl.uint64) + line.to(tl.uint64))
+
+
+@triton.jit
+def ask(where):
+    """Ask for the lines of 128 bytes at these addresses (uint64) to be brought into L2."""
     tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [where], dtype=tl.int32, is_pure=False, pack=1)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import begin, load_block, quantisation_scale, read_tile, swiglu, to_fp8
+from .common import ask, begin, load_block, quantisation_scale, read_tile, swiglu, to_fp8
 
 
 @triton.jit
@@ -186,6 +186,27 @@ def gemm1_row_kernel(
 
 
 @triton.jit
+def guessed_lines(
+    pid,
+    w13_expert_stride,
+    HIDDEN: tl.constexpr,
+    INTERMEDIATE: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """Where in w13 the first EARLY lines of each of a program's gate rows begin, if every expert has one tile: bytes
+    [BLOCK_N, EARLY]; its up rows lie INTERMEDIATE · HIDDEN behind them."""
+    BLOCKS_N: tl.constexpr = (INTERMEDIATE + BLOCK_N - 1) // BLOCK_N
+    expert, block_n = locate(pid, EXPERTS, BLOCKS_N, GROUP)
+    column = tl.minimum(block_n * BLOCK_N + tl.arange(0, BLOCK_N), INTERMEDIATE - 1)
+    first = tl.minimum(128 * tl.arange(0, EARLY), HIDDEN - 1)
+    row = expert.to(tl.int64) * w13_expert_stride + column.to(tl.int64) * HIDDEN
+    return row[:, None] + first[None, :]
+
+
+@triton.jit
 def gemm1_stream_kernel(
     tokens,
     token_scales,
@@ -204,13 +225,25 @@ def gemm1_stream_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Few tokens: time is reading weights. Weights take the dot's 64-row side, the few tokens its narrow side."""
+    """Few tokens: time is reading weights. Weights take the dot's 64-row side, the few tokens its narrow side.
+
+    EARLY: lines of each weight row to ask for before waiting, of what the program will read if every expert has one tile; which
+    program asks does not matter, as all share L2. 0: none, and EXPERTS is not read.
+    """
     BLOCKS_N: tl.constexpr = (INTERMEDIATE + BLOCK_N - 1) // BLOCK_N
+    pid = tl.program_id(0)
+    if EARLY > 0:  # noqa: SIM102 (by itself: only then is what stands in it left out where there is nothing to ask for)
+        if pid < EXPERTS * BLOCKS_N:
+            gates = guessed_lines(pid, w13_expert_stride, HIDDEN, INTERMEDIATE, EXPERTS, BLOCK_N, GROUP, EARLY)
+            where = w13.to(tl.uint64) + gates.to(tl.uint64)
+            ask(where)
+            ask(where + INTERMEDIATE * HIDDEN)
     begin(PDL)
     num_tiles = tl.load(counts + 1)
-    pid = tl.program_id(0)
     if pid < num_tiles * BLOCKS_N:
         tile, block_n = locate(pid, num_tiles, BLOCKS_N, GROUP)
         expert, first_row, size = read_tile(tiles, max_tiles, tile)
