@@ -37,6 +37,7 @@ def run_all(launcher: str, driver: str, seed: str) -> None:
     from vllm_glm_patch.moe.generators import make_expert_map, make_routing, make_tokens
     from vllm_glm_patch.moe.hopper.backend import HopperConfig, HopperPass, band_of, triton_config, workspace_bytes
     from vllm_glm_patch.moe.hopper.native import Native
+    from vllm_glm_patch.moe.hopper.prologue import run
     from vllm_glm_patch.moe.pipeline import Pass, Tensors
     from vllm_glm_patch.moe.problem import Problem
     from vllm_glm_patch.moe.reference import local_experts
@@ -63,13 +64,15 @@ def run_all(launcher: str, driver: str, seed: str) -> None:
         config = HopperConfig(*names, slice=256, slots=2, band=sum(band), prologue="native")
         shared = triton_config(problem, config, native)
         size = workspace_bytes(problem, config, native)
-        rooms = [torch.full((size,), 0xFF, dtype=torch.uint8) for _ in range(2)]
+        rooms = [torch.full((size,), 0xFF, dtype=torch.uint8) for _ in range(3)]
         layer = HopperPass(native, problem, config, tensors, rooms[0], 2, lambda: 0)
         report = Report()
         for _ in range(2):  # the second one over what the first has left
             layer.prologue()
-            ours, theirs = (Pass(problem, shared, tensors, room, 2, band=band_of(config, shared)) for room in rooms)
+            ours, theirs, tritons = (Pass(problem, shared, tensors, room, 2, band=band_of(config, shared)) for room in rooms)
             compare_prologues(report, ours, theirs)
+            # As Triton's GEMMs ask for it.
+            report.wrong += not (run(native, tritons, 0, 0) and torch.equal(rooms[0], rooms[2]))
         local = local_experts(ids, experts, expert_map).flatten()
         valid = (local >= 0).nonzero()[:, 0]
         want = valid[torch.argsort(local[valid], stable=True)]

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 from configs import TOLERANCE, error_of, random_problem
 
-from vllm_glm_patch.moe import fused_moe_fp8, op, pipeline, tables, workspace_bytes
+from vllm_glm_patch.moe import dispatch, fused_moe_fp8, op, pipeline, tables, workspace_bytes
 from vllm_glm_patch.moe import workspace as workspace_module
 from vllm_glm_patch.moe.generators import make_inputs
+from vllm_glm_patch.moe.pipeline import Pass, Tensors
 from vllm_glm_patch.moe.problem import Problem
+from vllm_glm_patch.moe.workspace import layout
 
 SMALL = Problem(tokens=6, hidden_size=96, intermediate_size=40, experts=4, global_experts=4, top_k=2)
 
@@ -151,3 +154,31 @@ def test_traces_whole_under_torch_compile(seed, device) -> None:
     inputs = make_inputs(SMALL, seed, device=device)
     compiled = torch.compile(lambda *a: fused_moe_fp8(*a) * 2, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*inputs.positional()), fused_moe_fp8(*inputs.positional()) * 2)
+
+
+@pytest.mark.parametrize("served", [True, False])
+def test_a_configuration_asks_for_the_native_prologue_and_has_tritons_where_that_cannot_serve(monkeypatch, served) -> None:
+    from vllm_glm_patch.moe.hopper import prologue
+
+    asked: list[Pass] = []
+    launched: list[object] = []
+    monkeypatch.setattr(prologue, "launch", lambda one: asked.append(one) or served)
+    monkeypatch.setattr(Pass, "launch", lambda self, kernel, grid, *arguments, **options: launched.append(kernel))
+    inputs = make_inputs(SMALL, 1)
+    config = dataclasses.replace(dispatch.Config(), prologue="native")
+    workspace = torch.zeros(layout(SMALL, config).total, dtype=torch.uint8)
+    on_card = SimpleNamespace(is_cuda=True, stride=inputs.hidden_states.stride)
+    tensors = Tensors(on_card, *inputs.positional()[1:], None, torch.empty_like(inputs.hidden_states))
+    one = Pass(SMALL, config, tensors, workspace, 4)
+    one.prologue()
+    assert asked == [one] and bool(launched) != served
+    # Nor is anything launched where a kernel is only to be compiled.
+    asked.clear()
+    Pass(SMALL, config, tensors, workspace, 4, pipeline.compile_only).prologue()
+    assert not asked and launched
+
+
+def test_no_configuration_has_a_prologue_of_another_name() -> None:
+    with pytest.raises(ValueError, match="prologue 'nativ' is none; there are triton and native"):
+        dispatch.Config(prologue="nativ")  # type: ignore[arg-type]
+    assert "prologue" not in dispatch.Config("pairs").to_dict()

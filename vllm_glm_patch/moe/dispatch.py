@@ -111,6 +111,10 @@ class Config:
     """Everything that may differ between two launches of the same problem. Results differ by rounding only.
 
     pdl: programmatic dependent launch (compute capability 9.0 on), where `dependent_launch` says that Triton can.
+    prologue: of the grouped path, `native` for the native one (hopper/prologue.py) where it can serve, with the same bits.
+
+    Raises:
+        ValueError: there is no such prologue.
     """
 
     path: Literal["pairs", "grouped"] = "grouped"
@@ -119,11 +123,17 @@ class Config:
     gemm2: Gemm2 = field(default_factory=Gemm2)
     sum: Sum = field(default_factory=Sum)
     pdl: bool = False
+    prologue: Literal["triton", "native"] = "triton"
+
+    def __post_init__(self) -> None:
+        """ValueError on what nobody can run."""
+        if self.prologue not in ("triton", "native"):
+            raise ValueError(f"prologue {self.prologue!r} is none; there are triton and native")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON; parts that `path` does not use are left out."""
         whole = asdict(self)
-        unused = ("gemm1", "gemm2", "sum") if self.path == "pairs" else ("pairs",)
+        unused = ("gemm1", "gemm2", "sum", "prologue") if self.path == "pairs" else ("pairs",)
         return {key: value for key, value in whole.items() if key not in unused}
 
     @staticmethod

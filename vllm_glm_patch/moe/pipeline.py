@@ -112,6 +112,11 @@ class Pass:
         if config.path == "grouped":
             self.max_tiles = self._plan.offsets["tiles"][1] // TILE_BYTES
 
+    @property
+    def buffers(self) -> tuple[dict[str, tuple[int, int]], torch.Tensor]:
+        """(offset and bytes of each buffer by name, the workspace)."""
+        return self._plan.offsets, self._workspace
+
     local_ids = _Buffer("local_ids", torch.int32)
     rows = _Buffer("rows", torch.int32)
     histogram = _Buffer("histogram", torch.int32)
@@ -204,6 +209,11 @@ class Pass:
     def prologue(self) -> None:
         """Quantise tokens and group pairs by expert."""
         p, c, t = self.problem, self.config, self.t
+        if c.prologue == "native" and t.hidden.is_cuda and self._launch is launch_now:
+            from .hopper import prologue  # not at once: who does not ask for native kernels need not load them
+
+            if prologue.launch(self):
+                return
         bins = bins_of(p.experts)
         blocks = {"BLOCK_M1": c.gemm1.block_m, "BLOCK_M2": c.gemm2.block_m, "DONE": routing.DONE}
         low, high = split_width(p.hidden_size)

@@ -399,16 +399,18 @@ def combinations(best: dict[str, list[tuple[float, Config]]], keep: int = 2) -> 
 
 
 def dependent(timed: list[tuple[float, Config]], keep: int = 3) -> list[Config]:
-    """The best few again with programmatic dependent launch; where GEMM1 streams, also with weights asked for early; where
-    GEMM2 goes by slices, also narrower and with hints.
+    """The best few again with programmatic dependent launch, after either prologue; where GEMM1 streams, also with weights
+    asked for early; where GEMM2 goes by slices, also narrower and with hints.
 
     What a launch costs decides how narrow slices may be, so the best width is another one with dependent launches.
     """
     found = []
     for _, config in sorted(timed, key=lambda item: item[0])[:keep]:
         found.append(replace(config, pdl=True))
-        if config.path == "grouped" and config.gemm1.kind == "stream":
-            found.extend(replace(config, pdl=True, gemm1=replace(config.gemm1, early=lines)) for lines in (4, 8))
+        if config.path == "grouped":
+            for lines in (0, 4, 8) if config.gemm1.kind == "stream" else (0,):
+                early = replace(config, pdl=True, gemm1=replace(config.gemm1, early=lines))
+                found.extend((replace(early, prologue="triton"), replace(early, prologue="native")))
         c = config.gemm2
         if config.path == "pairs" or c.kind == "fused" or c.slice == 0:
             continue

@@ -306,7 +306,7 @@ class HopperPass:
         self._pass = Pass(problem, shared, tensors, workspace, multiprocessors, band=band_of(config, shared), plan=plan)
         self._first, self._second = native.by_name.get(config.gemm1), native.by_name[config.gemm2]  # None: Triton's
         self._prologue = prologue_of(problem, config, native)  # None: Triton's
-        self._layer = _layer(
+        self._layer = layer_of(
             problem, config, shared, self._pass.band, plan.offsets, tensors, workspace, self._pass.max_tiles, multiprocessors
         )
 
@@ -408,7 +408,7 @@ def _plan(native: Native, problem: Problem, config: HopperConfig) -> tuple[Confi
     return shared, layout_of(problem, config, shared)
 
 
-def _layer(
+def layer_of(
     problem: Problem,
     config: HopperConfig,
     shared: Config,
