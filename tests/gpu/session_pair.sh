@@ -16,6 +16,8 @@
 #                                         memcheck and racecheck, all at once (200 s)
 # On four cards CARDS=2,3 before serve, steps, verify, last and wait gives another pair work of its own meanwhile; begin is 0 and 1's.
 # TABLES='' before serve or steps: with the tables that the wheel has, else with those that `lane` made.
+# On a machine of four cards, in this order (25 minutes): begin; part 101 … with /tmp/site101 at the last; CARDS=2,3 TABLES='' serve
+# 0.10.1.1; await; serve 0.26.0; CARDS=2,3 wait 0.10.1.1 and last; wait 0.26.0; steps; verify; several_cards.sh serve 4 once all is done.
 # Both sides must have the same tuned tables as in `warm`: vLLM keys its compiled graphs by settings.
 set -u
 here=$(cd "$(dirname "$0")" && pwd)
@@ -34,6 +36,7 @@ keep() { [ -n "${OUT:-}" ] && tar -C /tmp/o --exclude='core-*' --exclude='blocks
 case ${1:-} in
 serve | steps)
     [ -n "${TABLES-any}" ] || unset VLLM_GLM_PATCH_TUNED_DIR
+    for _ in {1..120}; do [ "$3" = /tmp/site26 ] || [ -e "$3/unpacked" ] && break; sleep 1; done
     ;;
 esac
 case ${1:-} in
