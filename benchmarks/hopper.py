@@ -292,17 +292,8 @@ def config_of(case: Case) -> Any:
     """As the backend takes it."""
     from vllm_glm_patch.moe.hopper.backend import HopperConfig
 
-    return HopperConfig(
-        case.gemm1,
-        case.gemm2,
-        case.slice,
-        case.slots,
-        case.programmatic,
-        band=case.band,
-        prologue=case.prologue,
-        early_steps=case.early_steps,
-        early_items=case.early_items,
-    )
+    both = {field.name for field in dataclasses.fields(HopperConfig)} & {field.name for field in dataclasses.fields(Case)}
+    return HopperConfig(**{name: getattr(case, name) for name in both})
 
 
 def build(defines: list[str]) -> None:

@@ -182,3 +182,17 @@ def test_no_configuration_has_a_prologue_of_another_name() -> None:
     with pytest.raises(ValueError, match="prologue 'nativ' is none; there are triton and native"):
         dispatch.Config(prologue="nativ")  # type: ignore[arg-type]
     assert "prologue" not in dispatch.Config("pairs").to_dict()
+
+
+@pytest.mark.parametrize("dependent", [True, False])
+def test_the_streaming_gemm1_is_told_to_ask_early_where_launches_are_dependent(monkeypatch, dependent) -> None:
+    monkeypatch.setattr(pipeline, "dependent_launch", lambda: dependent)
+    launched: list[dict[str, object]] = []
+    inputs = make_inputs(SMALL, 1)
+    config = dispatch.Config(gemm1=dispatch.Gemm1("stream", early=4), pdl=True)
+    tensors = Tensors(*inputs.positional(), None, torch.empty_like(inputs.hidden_states))
+    workspace = torch.zeros(layout(SMALL, config).total, dtype=torch.uint8)
+    catch = lambda kernel, grid, *arguments, **options: launched.append(options)  # noqa: E731
+    Pass(SMALL, config, tensors, workspace, 4, catch).gemm1()
+    (options,) = launched
+    assert (options["EARLY"], options["EXPERTS"]) == ((4, SMALL.experts) if dependent else (0, 0))

@@ -328,15 +328,11 @@ def _configurations(problem: Problem, card: Card, counts: Iterable[int]) -> dict
 
 def _counts_of(configuration: Hashable, problem: Problem, card: Card, most: int) -> str:
     """The token counts of one pass up to `most` that a configuration serves, as ranges."""
-    ranges: list[list[int]] = []
-    for tokens, found in _configurations(problem, card, range(1, most + 1)).items():
-        if found != configuration:
-            continue
-        if ranges and ranges[-1][1] == tokens - 1:
-            ranges[-1][1] = tokens
-        else:
-            ranges.append([tokens, tokens])
-    return ", ".join(f"{first} - {last}" for first, last in ranges)
+    from ..moe import backends
+    from ..moe.workspace import TOKENS_PER_PASS
+
+    ranges = backends.ranges(min(most, TOKENS_PER_PASS), lambda n: backends.configuration(problem.with_tokens(n), card))
+    return ", ".join(f"{first} - {last}" for first, last, found in ranges if found == configuration)
 
 
 def _is_captured(call: Call) -> bool:

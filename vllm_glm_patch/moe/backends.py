@@ -7,13 +7,16 @@ entries {"backend": name, …} in the tables. Without an entry the first backend
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from . import tables
 from .dispatch import Card, choose
 from .problem import Problem
 
+T = TypeVar("T")
 UPSTREAM = "upstream"
 """Not a backend of ours: the caller's own kernel."""
 AUTO = "auto"
@@ -131,11 +134,13 @@ def routes(
 
     left: whether upstream serves a count, wherever it is routed.
     """
-    found: list[tuple[int, int, str]] = []
-    for tokens in range(1, most + 1):
-        name = UPSTREAM if left(tokens) else route.__wrapped__(problem.with_tokens(tokens), card)
-        if found and found[-1][2] == name:
-            found[-1] = (found[-1][0], tokens, name)
-        else:
-            found.append((tokens, tokens, name))
+    return ranges(most, lambda n: UPSTREAM if left(n) else route.__wrapped__(problem.with_tokens(n), card))
+
+
+def ranges(most: int, told: Callable[[int], T]) -> list[tuple[int, int, T]]:
+    """(first count, last count, what is told) of each range of token counts from 1 to `most` of which the same is told."""
+    found = []
+    for same, group in itertools.groupby(range(1, most + 1), told):
+        counts = list(group)
+        found.append((counts[0], counts[-1], same))
     return found

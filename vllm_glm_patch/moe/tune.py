@@ -406,13 +406,14 @@ def dependent(timed: list[tuple[float, Config]], keep: int = 3) -> list[Config]:
     """
     found = []
     for _, config in sorted(timed, key=lambda item: item[0])[:keep]:
-        found.append(replace(config, pdl=True))
-        if config.path == "grouped":
-            for lines in (0, 4, 8) if config.gemm1.kind == "stream" else (0,):
-                early = replace(config, pdl=True, gemm1=replace(config.gemm1, early=lines))
-                found.extend((replace(early, prologue="triton"), replace(early, prologue="native")))
+        if config.path == "pairs":
+            found.append(replace(config, pdl=True))
+            continue
+        for lines in (0, 4, 8) if config.gemm1.kind == "stream" else (0,):
+            early = replace(config, pdl=True, gemm1=replace(config.gemm1, early=lines))
+            found.extend((replace(early, prologue="triton"), replace(early, prologue="native")))
         c = config.gemm2
-        if config.path == "pairs" or c.kind == "fused" or c.slice == 0:
+        if c.kind == "fused" or c.slice == 0:
             continue
         widths = {c.slice, max(c.slice // 2, c.strip)}
         found.extend(replace(config, pdl=True, gemm2=replace(c, slice=width, hints=True)) for width in sorted(widths))

@@ -622,6 +622,28 @@ bool check_prologue(Problem& p) {
            histogram_report.done() & tokens_report.done() & scales_report.done();
 }
 
+bool check(Problem& p) {
+    switch (p.kernel.family) {
+        case Family::gemm1:
+        case Family::gemm1_decode: return check_gemm1(p);
+        case Family::gemm2:
+        case Family::gemm2_ring: return check_gemm2(p);
+        case Family::gemm2_decode: return check_gemm2_decode(p);
+        case Family::sum: return check_sum(p);
+        case Family::prologue: return check_prologue(p);
+    }
+    return false;
+}
+
+// "asked 128 96 0" for each box; nothing else of a kernel says that it asks for what it should.
+void print_asked() {
+    for (const std::vector<int>& corner : emulate::asked()) {
+        std::printf("asked");
+        for (int at : corner) std::printf(" %d", at);
+        std::printf("\n");
+    }
+}
+
 }  // namespace
 
 int main(int count, char** words) {
@@ -640,23 +662,7 @@ int main(int count, char** words) {
     }
     const Kernel& kernel = find(options.kernel);
     Problem problem(options, kernel);
-    // "asked 128 96 0" for each box; nothing else of a kernel says that it asks for what it should.
-    emulate::asked();  // made before, so that it outlives what is registered here
-    std::atexit([] {
-        for (const std::vector<int>& corner : emulate::asked()) {
-            std::printf("asked");
-            for (int at : corner) std::printf(" %d", at);
-            std::printf("\n");
-        }
-    });
-    switch (kernel.family) {
-        case Family::gemm1:
-        case Family::gemm1_decode: return !check_gemm1(problem);
-        case Family::gemm2:
-        case Family::gemm2_ring: return !check_gemm2(problem);
-        case Family::gemm2_decode: return !check_gemm2_decode(problem);
-        case Family::sum: return !check_sum(problem);
-        case Family::prologue: return !check_prologue(problem);
-    }
-    return 1;
+    const bool right = check(problem);
+    print_asked();
+    return !right;
 }

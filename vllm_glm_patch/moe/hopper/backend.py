@@ -306,9 +306,7 @@ class HopperPass:
         self._pass = Pass(problem, shared, tensors, workspace, multiprocessors, band=band_of(config, shared), plan=plan)
         self._first, self._second = native.by_name.get(config.gemm1), native.by_name[config.gemm2]  # None: Triton's
         self._prologue = prologue_of(problem, config, native)  # None: Triton's
-        self._layer = layer_of(
-            problem, config, shared, self._pass.band, plan.offsets, tensors, workspace, self._pass.max_tiles, multiprocessors
-        )
+        self._layer = layer_of(self._pass, config)
 
     def run(self) -> None:
         """Launch every step on the current stream; native kernels between which nothing lies by one C call.
@@ -408,18 +406,10 @@ def _plan(native: Native, problem: Problem, config: HopperConfig) -> tuple[Confi
     return shared, layout_of(problem, config, shared)
 
 
-def layer_of(
-    problem: Problem,
-    config: HopperConfig,
-    shared: Config,
-    band: int,
-    offsets: dict[str, tuple[int, int]],
-    tensors: Tensors,
-    workspace: torch.Tensor,
-    max_tiles: int,
-    multiprocessors: int,
-) -> Layer:
-    """Addresses and sizes as the launcher takes them; the tensors and the workspace must outlive the launches."""
+def layer_of(one: Pass, config: HopperConfig) -> Layer:
+    """Addresses and sizes of a pass as the launcher takes them; its tensors and workspace must outlive the launches."""
+    problem, tensors = one.problem, one.t
+    offsets, workspace = one.buffers
     base = workspace.data_ptr()
 
     def within(name: str) -> int | None:
@@ -454,17 +444,17 @@ def layer_of(
         intermediate_size=problem.intermediate_size,
         experts=problem.experts,
         top_k=problem.top_k,
-        max_tiles=max_tiles,
+        max_tiles=one.max_tiles,
         slice=config.slice,
         slots=config.slots,
         # One band has no array of first tiles.
-        band=band if "band_tiles" in offsets else 0,
-        multiprocessors=multiprocessors,
+        band=one.band if "band_tiles" in offsets else 0,
+        multiprocessors=one.multiprocessors,
         weight_promotion=config.weight_promotion,
         programmatic=config.programmatic,
         global_experts=problem.global_experts,
-        tile_rows_1=shared.gemm1.block_m,
-        tile_rows_2=shared.gemm2.block_m,
+        tile_rows_1=one.config.gemm1.block_m,
+        tile_rows_2=one.config.gemm2.block_m,
         wide_ids=tensors.topk_ids.dtype == torch.int64,
         early_steps=config.early_steps,
         early_items=config.early_items,

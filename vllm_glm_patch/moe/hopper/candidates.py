@@ -87,7 +87,10 @@ def _asking_early_by_triton(best: HopperConfig) -> list[HopperConfig]:
 
 
 def _asking_early(best: HopperConfig) -> list[HopperConfig]:
-    """A quarter of a tile has a quarter of its weights a step; Triton's GEMM1 asks for nothing early."""
+    """A quarter of a tile has a quarter of its weights a step; Triton's GEMM1 asks for nothing early. Nothing is early where no
+    kernel starts before the one ahead of it has ended."""
+    if not best.programmatic:
+        return []
     times = 0 if best.gemm1 == TRITON else 4 if best.gemm1.endswith("_quarter") else 1
     found = (replace(best, early_steps=steps * times, early_items=items) for steps, items in EARLY)
     return [config for config in dict.fromkeys(found) if config != best]

@@ -32,11 +32,7 @@ def run(native: Native, one: Pass, index: int, stream: int) -> bool:
     kernel = prologue_of(one.problem, _CONFIG, native)
     if kernel is None:
         return False
-    offsets, workspace = one.buffers
-    layer = layer_of(
-        one.problem, _CONFIG, one.config, one.band, offsets, one.t, workspace, one.max_tiles, one.multiprocessors
-    )  # fmt: skip
-    native.run(index, stream, layer, numbers(kernel))
+    native.run(index, stream, layer_of(one, _CONFIG), numbers(kernel))
     return True
 
 
